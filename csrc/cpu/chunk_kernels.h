@@ -1,0 +1,168 @@
+// The three kernels on one contiguous chunk. Included once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace sbp_fast::cpu {
+namespace {
+
+template <typename accumulator_t>
+inline constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(accumulator_t));
+
+template <bool kFirstWrite, bool kStatistics, typename accumulator_t, typename gradient_t>
+inline void accumulate_elements(accumulator_t* accumulator, const gradient_t* gradient,
+                                int64_t count, accumulator_t scale, ChunkStatistics& statistics) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto incoming = static_cast<accumulator_t>(gradient[i]);
+    const accumulator_t previous = kFirstWrite ? accumulator_t(0) : accumulator[i];
+    const accumulator_t result = accumulate<kFirstWrite>(previous, incoming, scale);
+    accumulator[i] = result;
+    if constexpr (kStatistics) {
+      const auto exact = static_cast<double>(gradient[i]);
+      statistics.sum_squares_in += exact * exact;
+      statistics.sum_squares_result += double(result) * double(result);
+      statistics.non_finite |= is_non_finite(result);
+    }
+  }
+}
+
+template <bool kFirstWrite, bool kStatistics, bool kStreaming, typename accumulator_t,
+          typename gradient_t>
+ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_data, int64_t count,
+                                 double scale_value) {
+  constexpr int kLanes = kLanesOf<accumulator_t>;
+  constexpr int kUnroll = 4;
+  using V = Vector<accumulator_t, kLanes>;
+  auto* accumulator = static_cast<accumulator_t*>(accumulator_data);
+  const auto* gradient = static_cast<const gradient_t*>(gradient_data);
+  const auto scale = static_cast<accumulator_t>(scale_value);
+
+  ChunkStatistics statistics;
+  if constexpr (kStreaming) {
+    // Streaming stores need whole, aligned vectors: the elements before the first one go singly.
+    const auto misaligned = reinterpret_cast<uintptr_t>(accumulator) % kVectorBytes;
+    const int64_t head = std::min<int64_t>(
+        count, misaligned ? (kVectorBytes - misaligned) / sizeof(accumulator_t) : 0);
+    accumulate_elements<kFirstWrite, kStatistics>(accumulator, gradient, head, scale, statistics);
+    accumulator += head;
+    gradient += head;
+    count -= head;
+  }
+
+  SumOfSquares<accumulator_t, kLanes> squares_in[kUnroll], squares_result[kUnroll];
+  NonFinite<accumulator_t, kLanes> non_finite;
+  const auto step = [&](int64_t i, int slot) {
+    const V incoming = load_as<accumulator_t, kLanes>(gradient + i);
+    V result = scale * incoming;
+    if constexpr (!kFirstWrite) result += load<V>(accumulator + i);
+    if constexpr (kStreaming) {
+      store_streaming(accumulator + i, result);
+    } else {
+      store(accumulator + i, result);
+    }
+    if constexpr (kStatistics) {
+      if constexpr (std::is_same_v<gradient_t, double>) {
+        squares_in[slot].add_exact(gradient + i);
+      } else {
+        squares_in[slot].add(incoming);
+      }
+      squares_result[slot].add(result);
+      non_finite.add(result);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kUnroll; ++slot) step(i + slot * kLanes, slot);
+  }
+  for (; i + kLanes <= count; i += kLanes) step(i, 0);
+  if constexpr (kStreaming) finish_streaming();
+  if constexpr (kStatistics) {
+    for (int slot = 0; slot < kUnroll; ++slot) {
+      statistics.sum_squares_in += squares_in[slot].total();
+      statistics.sum_squares_result += squares_result[slot].total();
+    }
+    statistics.non_finite |= non_finite.any();
+  }
+  accumulate_elements<kFirstWrite, kStatistics>(accumulator + i, gradient + i, count - i, scale,
+                                                statistics);
+  return statistics;
+}
+
+// Narrow gradients are widened to float32, which holds them exactly.
+template <typename gradient_t>
+ChunkStatistics statistics_chunk(const void* gradient_data, int64_t count) {
+  using wide_t = std::conditional_t<std::is_same_v<gradient_t, double>, double, float>;
+  constexpr int kLanes = kLanesOf<wide_t>;
+  constexpr int kUnroll = 4;
+  const auto* gradient = static_cast<const gradient_t*>(gradient_data);
+  ChunkStatistics statistics;
+  SumOfSquares<wide_t, kLanes> squares[kUnroll];
+  NonFinite<wide_t, kLanes> non_finite;
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kUnroll; ++slot) {
+      const auto value = load_as<wide_t, kLanes>(gradient + i + slot * kLanes);
+      squares[slot].add(value);
+      non_finite.add(value);
+    }
+  }
+  double sum = 0.0;
+  for (int slot = 0; slot < kUnroll; ++slot) sum += squares[slot].total();
+  statistics.non_finite = non_finite.any();
+  for (; i < count; ++i) {
+    const auto value = static_cast<wide_t>(gradient[i]);
+    sum += double(value) * double(value);
+    statistics.non_finite |= is_non_finite(value);
+  }
+  statistics.sum_squares_in = statistics.sum_squares_result = sum;
+  return statistics;
+}
+
+template <typename output_t, typename accumulator_t>
+void finalise_chunk(void* output_data, const void* accumulator_data, int64_t count,
+                    double coefficient_value) {
+  constexpr int kLanes = kLanesOf<accumulator_t>;
+  using V = Vector<accumulator_t, kLanes>;
+  auto* output = static_cast<output_t*>(output_data);
+  const auto* accumulator = static_cast<const accumulator_t*>(accumulator_data);
+  const auto coefficient = static_cast<accumulator_t>(coefficient_value);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store_as<kLanes, accumulator_t>(output + i, load<V>(accumulator + i) * coefficient);
+  }
+  for (; i < count; ++i) output[i] = static_cast<output_t>(accumulator[i] * coefficient);
+}
+
+#define SBP_FAST_MODES(accumulator_t, gradient_t)                        \
+  {{{accumulate_chunk<false, false, false, accumulator_t, gradient_t>,   \
+     accumulate_chunk<false, false, true, accumulator_t, gradient_t>},   \
+    {accumulate_chunk<false, true, false, accumulator_t, gradient_t>,    \
+     accumulate_chunk<false, true, true, accumulator_t, gradient_t>}},   \
+   {{accumulate_chunk<true, false, false, accumulator_t, gradient_t>,    \
+     accumulate_chunk<true, false, true, accumulator_t, gradient_t>},    \
+    {accumulate_chunk<true, true, false, accumulator_t, gradient_t>,     \
+     accumulate_chunk<true, true, true, accumulator_t, gradient_t>}}}
+
+#define SBP_FAST_KERNEL_TABLE(name)                                                                \
+  {                                                                                                \
+    name,                                                                                          \
+        {{SBP_FAST_MODES(float, float), SBP_FAST_MODES(float, double),                             \
+          SBP_FAST_MODES(float, BFloat16), SBP_FAST_MODES(float, Half)},                           \
+         {SBP_FAST_MODES(double, float), SBP_FAST_MODES(double, double),                           \
+          SBP_FAST_MODES(double, BFloat16), SBP_FAST_MODES(double, Half)}},                        \
+        {statistics_chunk<float>, statistics_chunk<double>, statistics_chunk<BFloat16>,            \
+         statistics_chunk<Half>},                                                                  \
+        {{finalise_chunk<float, float>, finalise_chunk<float, double>},                            \
+         {finalise_chunk<double, float>, finalise_chunk<double, double>},                          \
+         {finalise_chunk<BFloat16, float>, finalise_chunk<BFloat16, double>},                      \
+         {finalise_chunk<Half, float>, finalise_chunk<Half, double>}},                             \
+  }
+
+}  // namespace
+}  // namespace sbp_fast::cpu

@@ -1,0 +1,217 @@
+// The ops on CPU tensors: one parallel region per call, chunks handed out as threads come free, partial
+// statistics added in the chunks' order. Registration is at the end of the file.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "../chunks.h"
+#include "../op_arguments.h"
+#include "kernels.h"
+#include "strided_kernels.h"
+
+namespace sbp_fast::cpu {
+namespace {
+
+constexpr int64_t kChunkElements = 16384;
+// A thread takes this many chunks at a time: few enough that threads finish together, many enough that
+// the memory prefetchers see long runs.
+constexpr int64_t kChunksPerTurn = 4;
+// Calls smaller than this are done before a second thread would have woken up.
+constexpr int64_t kSerialElements = 65536;
+// Above this size the accumulators will not be found in the caches again.
+constexpr int64_t kStreamingBytes = int64_t{4} << 20;
+
+template <typename Process>
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t elements, Process process) {
+  const auto count = static_cast<int64_t>(chunks.size());
+  if (elements <= kSerialElements) {
+    for (int64_t i = 0; i < count; ++i) process(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next.fetch_add(kChunksPerTurn); first < count;
+         first = next.fetch_add(kChunksPerTurn)) {
+      const int64_t last = std::min(first + kChunksPerTurn, count);
+      for (int64_t i = first; i < last; ++i) process(i);
+    }
+  });
+}
+
+std::vector<Chunk> cut(const TensorViews& tensors) {
+  return cut_into_chunks(static_cast<int64_t>(tensors.size()), kChunkElements,
+                         [&](int64_t tensor) { return tensors[tensor].numel; });
+}
+
+int64_t count_elements(const TensorViews& tensors) {
+  int64_t elements = 0;
+  for (const TensorView& tensor : tensors) elements += tensor.numel;
+  return elements;
+}
+
+int64_t count_bytes(const TensorViews& tensors) {
+  int64_t bytes = 0;
+  for (const TensorView& tensor : tensors) {
+    bytes += tensor.numel * (tensor.dtype == ScalarType::Double ? 8 : 4);
+  }
+  return bytes;
+}
+
+void add_statistics(const TensorView& statistics, const std::vector<ChunkStatistics>& partials) {
+  double* total = statistics.mutable_data<double>();
+  for (const ChunkStatistics& partial : partials) {
+    total[0] += partial.sum_squares_in;
+    total[1] += partial.sum_squares_result;
+    if (partial.non_finite) total[2] = 1.0;
+  }
+}
+
+int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float: return 4;
+    default: return 2;
+  }
+}
+
+// A pair of tensors, each pointer read once per call.
+struct Pair {
+  char* written;
+  const char* read;
+  int64_t written_bytes;  // per element
+  int64_t read_bytes;
+  int written_dtype;
+  int read_dtype;
+  bool flat;
+};
+
+std::vector<Pair> pair_up(const TensorViews& written, const TensorViews& read) {
+  std::vector<Pair> pairs;
+  pairs.reserve(written.size());
+  for (size_t i = 0; i < written.size(); ++i) {
+    pairs.push_back({written[i].mutable_data<char>(), read[i].const_data<char>(),
+                     element_bytes(written[i].dtype), element_bytes(read[i].dtype),
+                     dtype_index(written[i].dtype), dtype_index(read[i].dtype),
+                     is_flat_pair(written[i], read[i])});
+  }
+  return pairs;
+}
+
+// Calls function.operator()<T>() with the C++ type of a table position.
+template <typename Function>
+auto with_gradient_type(int dtype, Function function) {
+  switch (dtype) {
+    case 0: return function.template operator()<float>();
+    case 1: return function.template operator()<double>();
+    case 2: return function.template operator()<BFloat16>();
+    default: return function.template operator()<Half>();
+  }
+}
+
+template <typename Function>
+auto with_accumulator_type(int dtype, Function function) {
+  return dtype == 0 ? function.template operator()<float>()
+                    : function.template operator()<double>();
+}
+
+void scale_accumulate(StableIValue* stack, uint64_t, uint64_t) {
+  const ScaleAccumulateArguments arguments = read_scale_accumulate(stack);
+  const std::vector<Chunk> chunks = cut(arguments.accumulators);
+  const std::vector<Pair> pairs = pair_up(arguments.accumulators, arguments.gradients);
+  const bool with_statistics = arguments.statistics.has_value();
+  const bool streaming =
+      arguments.first_write && count_bytes(arguments.accumulators) >= kStreamingBytes;
+  const auto& table = kernels().accumulate;
+  std::vector<ChunkStatistics> partials(with_statistics ? chunks.size() : 0);
+
+  for_each_chunk(chunks, count_elements(arguments.accumulators), [&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    const Pair& pair = pairs[chunk.tensor];
+    ChunkStatistics partial;
+    if (pair.flat) {
+      const AccumulateKernel kernel =
+          table[pair.written_dtype][pair.read_dtype][arguments.first_write][with_statistics]
+               [streaming];
+      partial = kernel(pair.written + chunk.begin * pair.written_bytes,
+                       pair.read + chunk.begin * pair.read_bytes, chunk.count, arguments.scale);
+    } else {
+      partial = with_accumulator_type(pair.written_dtype, [&]<typename accumulator_t>() {
+        return with_gradient_type(pair.read_dtype, [&]<typename gradient_t>() {
+          const auto kernel = arguments.first_write
+                                  ? accumulate_strided<true, accumulator_t, gradient_t>
+                                  : accumulate_strided<false, accumulator_t, gradient_t>;
+          return kernel(arguments.accumulators[chunk.tensor], arguments.gradients[chunk.tensor],
+                        chunk.begin, chunk.count, arguments.scale);
+        });
+      });
+    }
+    if (with_statistics) partials[i] = partial;
+  });
+  if (with_statistics) add_statistics(*arguments.statistics, partials);
+}
+
+void gradient_statistics(StableIValue* stack, uint64_t, uint64_t) {
+  const GradientStatisticsArguments arguments = read_gradient_statistics(stack);
+  const std::vector<Chunk> chunks = cut(arguments.gradients);
+  std::vector<ChunkStatistics> partials(chunks.size());
+
+  for_each_chunk(chunks, count_elements(arguments.gradients), [&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    const TensorView& gradient = arguments.gradients[chunk.tensor];
+    const int dtype = dtype_index(gradient.dtype);
+    if (is_dense(gradient)) {
+      partials[i] = kernels().statistics[dtype](
+          gradient.const_data<char>() + chunk.begin * element_bytes(gradient.dtype), chunk.count);
+    } else {
+      partials[i] = with_gradient_type(dtype, [&]<typename gradient_t>() {
+        return statistics_strided<gradient_t>(gradient, chunk.begin, chunk.count);
+      });
+    }
+  });
+  add_statistics(arguments.statistics, partials);
+}
+
+void finalise(StableIValue* stack, uint64_t, uint64_t) {
+  const FinaliseArguments arguments = read_finalise(stack);
+  const std::vector<Chunk> chunks = cut(arguments.outputs);
+  const std::vector<Pair> pairs = pair_up(arguments.outputs, arguments.accumulators);
+  double coefficient = *arguments.scale.const_data<double>();
+  if (arguments.norm) {
+    coefficient *= clip_coefficient(*arguments.norm->const_data<double>(), *arguments.max_norm);
+  }
+
+  for_each_chunk(chunks, count_elements(arguments.outputs), [&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    const Pair& pair = pairs[chunk.tensor];
+    if (pair.flat) {
+      kernels().finalise[pair.written_dtype][pair.read_dtype](
+          pair.written + chunk.begin * pair.written_bytes,
+          pair.read + chunk.begin * pair.read_bytes, chunk.count, coefficient);
+    } else {
+      with_gradient_type(pair.written_dtype, [&]<typename output_t>() {
+        with_accumulator_type(pair.read_dtype, [&]<typename accumulator_t>() {
+          finalise_strided<output_t, accumulator_t>(arguments.outputs[chunk.tensor],
+                                                    arguments.accumulators[chunk.tensor],
+                                                    chunk.begin, chunk.count, coefficient);
+        });
+      });
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sbp_fast, CPU, library) {
+  library.impl("scale_accumulate_", &scale_accumulate);
+  library.impl("gradient_statistics_", &gradient_statistics);
+  library.impl("finalise_", &finalise);
+}
+
+}  // namespace sbp_fast::cpu
+
+extern "C" __attribute__((visibility("default"))) const char* sbp_fast_cpu_instruction_set() {
+  return sbp_fast::cpu::kernels().instruction_set;
+}

@@ -1,0 +1,84 @@
+"""Which implementation serves a call: an explicit choice never falls back, ``"auto"`` does.
+
+The environment variable ``SBP_FAST_BACKEND`` replaces ``"auto"`` (and nothing else).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from . import reference, schemas  # noqa: F401  (registers the ops and their reference overloads)
+from .native import Availability, load_cpu, load_cuda
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+_OVERLOAD = {"cuda": "default", "cpu": "default", "triton": "triton", "reference": "reference"}
+
+# What "auto" tries, best first, by the device's type.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_PREFERENCE_ELSEWHERE = ("reference",)
+
+# What an explicit backend can compute on.
+_DEVICES = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "cpu"), "reference": ()}
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for cannot be used here. The message says why and what to do."""
+
+
+@cache
+def availability(backend: str) -> Availability:
+    """Whether ``backend`` is usable in this process, with the reason where it is not."""
+    if backend == "cpu":
+        return load_cpu()
+    if backend == "cuda":
+        return load_cuda()
+    if backend == "triton":
+        from . import triton_backend
+
+        return Availability(*triton_backend.is_available())
+    return Availability(True, "")
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """The backend that serves tensors on ``device_type``: never ``"auto"``.
+
+    Raises:
+        ValueError: ``backend`` is no known name, or does not compute on this device.
+        BackendUnavailableError: the backend named cannot be used here.
+    """
+    if backend == "auto":
+        backend = os.environ.get("SBP_FAST_BACKEND", "auto")
+    return _resolve(backend, device_type)
+
+
+@cache
+def _resolve(backend: str, device_type: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        candidates = _PREFERENCE.get(device_type, _PREFERENCE_ELSEWHERE)
+        return next(name for name in candidates if availability(name).usable)
+    devices = _DEVICES[backend]
+    if devices and device_type not in devices:
+        raise ValueError(
+            f"backend={backend!r} computes on {' and '.join(devices)} tensors, these are on "
+            f"{device_type}; pass backend='auto' or move the tensors"
+        )
+    usable, reason = availability(backend)
+    if not usable:
+        raise BackendUnavailableError(
+            f"backend={backend!r} is not usable here: {reason}. backend='auto' takes the best that is"
+        )
+    return backend
+
+
+@cache
+def operator(name: str, backend: str, device_type: str) -> torch._ops.OpOverload:
+    """The op ``sbp_fast::name`` in the overload that implements ``backend``."""
+    packet = getattr(torch.ops.sbp_fast, name)
+    overload: torch._ops.OpOverload = getattr(packet, _OVERLOAD[resolve(backend, device_type)])
+    return overload

@@ -1,0 +1,78 @@
+"""Finds and loads the native libraries, and says why where one is not usable."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import schemas  # noqa: F401  (the ops must exist before a library adds its kernels)
+
+FOLDER = Path(__file__).resolve().parent.parent / "_native"
+
+
+class Availability(NamedTuple):
+    """Whether a backend can be used, and if not, why and what to do about it."""
+
+    usable: bool
+    reason: str
+
+
+@cache
+def build_note() -> dict[str, Any]:
+    """What the build recorded: ``choice``, ``built`` (library -> compiler), ``left_out`` (-> reason)."""
+    path = FOLDER / "build.json"
+    if not path.exists():
+        reason = "the package runs from a source tree that was never built; run `pip install .`"
+        return {"choice": "never built", "built": {}, "left_out": {"cpu": reason, "cuda": reason}}
+    note: dict[str, Any] = json.loads(path.read_text())
+    return note
+
+
+@cache
+def load_cpu() -> Availability:
+    return _load("cpu")
+
+
+@cache
+def load_cuda() -> Availability:
+    # The library's symbols come from torch's CUDA build and resolve only where there is one.
+    if torch.version.cuda is None:
+        return Availability(
+            False,
+            f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch",
+        )
+    if not torch.cuda.is_available():
+        return Availability(
+            False, "torch sees no CUDA device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        )
+    return _load("cuda")
+
+
+def cpu_instruction_set() -> str:
+    """``"avx512"``, ``"avx2"`` or ``"baseline"``: what the CPU library chose at run time."""
+    library = ctypes.CDLL(str(FOLDER / "libsbp_fast_cpu.so"))
+    function = library.sbp_fast_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
+def _load(name: str) -> Availability:
+    path = FOLDER / f"libsbp_fast_{name}.so"
+    if not path.exists():
+        reason = build_note()["left_out"].get(name, "its file is missing; install the package again")
+        return Availability(False, f"the {name} library was not built: {reason}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Availability(
+            False,
+            f"{path.name} does not load with torch {torch.__version__}: {error}; "
+            "reinstall sbp_fast with --no-build-isolation",
+        )
+    return Availability(True, "")

@@ -1,0 +1,40 @@
+"""Schemas and fake implementations of the ops. They exist without any compiler.
+
+Every op has three overloads with one meaning: the default one is native (C++ on CPU tensors, CUDA on
+CUDA tensors), ``.triton`` and ``.reference`` are what their names say. ``backends`` chooses among them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks
+
+NAMESPACE = "sbp_fast"
+OVERLOADS = ("", "triton", "reference")
+
+_ARGUMENTS = {
+    "scale_accumulate_": (
+        "(Tensor(a!)[] accumulators, Tensor[] gradients, float scale, "
+        "bool first_write=False, Tensor(b!)? statistics=None) -> ()"
+    ),
+    "gradient_statistics_": "(Tensor[] gradients, Tensor(a!) statistics) -> ()",
+    "finalise_": (
+        "(Tensor(a!)[] outputs, Tensor[] accumulators, Tensor scale, "
+        "Tensor? norm=None, float? max_norm=None) -> ()"
+    ),
+}
+
+_FAKES = {
+    "scale_accumulate_": checks.check_scale_accumulate,
+    "gradient_statistics_": checks.check_gradient_statistics,
+    "finalise_": checks.check_finalise,
+}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+
+for _name, _arguments in _ARGUMENTS.items():
+    for _overload in OVERLOADS:
+        _qualified = f"{_name}.{_overload}" if _overload else _name
+        library.define(_qualified + _arguments, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{_qualified}", _FAKES[_name], lib=library)

@@ -1,0 +1,28 @@
+"""The one table of tolerances. A figure here is a bound on ||result - oracle|| / ||oracle||, the oracle
+being computed in float64; each has its reason beside it.
+"""
+
+import torch
+
+# One op on one tensor, by the dtype that is written. Rounding to nearest costs at most half a unit in
+# the last place per element; sums of two roundings (product, then sum) stay under two units.
+RELATIVE: dict[torch.dtype, float] = {
+    torch.float64: 1e-14,  # unit roundoff 1.1e-16, times the few operations, times a margin for sums
+    torch.float32: 3e-7,  # unit roundoff 6.0e-8
+    torch.bfloat16: 4e-3,  # unit roundoff 3.9e-3
+    torch.float16: 5e-4,  # unit roundoff 4.9e-4
+}
+
+# Sums of squares are taken in float64 over float32 values that are exact in float64; float64 inputs
+# round once per product. The bound is on the relative error of the sum.
+SUM_OF_SQUARES = 1e-12
+
+# A whole step against the large batch in float64: total relative error of all gradients, by the dtype
+# that the model computes in (the promise in the design document).
+STEP: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    # bfloat16 parameters and activations round at every layer, in the large batch as well: the bound
+    # is on the distance to the float64 oracle, which the large batch itself in bfloat16 has too.
+    torch.bfloat16: 5e-2,
+}

@@ -1,0 +1,147 @@
+"""Splits a large batch into micro-batches.
+
+A batch is a pytree: tensors and NumPy arrays (memory-mapped ones included) in dicts, lists, tuples or
+named tuples, nested as one likes. Their first dimension counts the samples. Everything else in the
+tree, and tensors of no dimension, go to every micro-batch as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One piece of a large batch, still where the large batch lies."""
+
+    inputs: PyTree
+    targets: PyTree
+    samples: int
+
+
+def is_stream(inputs: PyTree) -> bool:
+    """True for an iterable of micro-batches (a generator, a DataLoader), False for a pytree."""
+    return isinstance(inputs, Iterable) and not isinstance(
+        inputs, (Tensor, np.ndarray, Mapping, list, tuple, str, bytes)
+    )
+
+
+def split(inputs: PyTree, targets: PyTree, micro_batch_size: int) -> list[MicroBatch]:
+    """Cuts a large batch into pieces of ``micro_batch_size`` samples; the last one may be smaller.
+
+    Pieces are views wherever memory allows, so nothing is copied here.
+
+    Raises:
+        ValueError: no samples, or leaves that disagree about how many samples there are.
+    """
+    inputs, targets = _plain(inputs), _plain(targets)
+    samples = count_samples(inputs, targets)
+    return [
+        MicroBatch(
+            inputs=_rows(inputs, start, min(start + micro_batch_size, samples)),
+            targets=_rows(targets, start, min(start + micro_batch_size, samples)),
+            samples=min(micro_batch_size, samples - start),
+        )
+        for start in range(0, samples, micro_batch_size)
+    ]
+
+
+def split_stream(
+    stream: Iterable[Any], micro_batch_size: int, *, with_targets: bool
+) -> Iterator[MicroBatch]:
+    """Cuts every item of ``stream`` into pieces of at most ``micro_batch_size`` samples.
+
+    Args:
+        with_targets: items are ``(inputs, targets)`` pairs; otherwise an item is the inputs.
+
+    Raises:
+        ValueError: the stream is empty, or an item is no pair although targets are needed.
+    """
+    empty = True
+    for position, item in enumerate(stream):
+        empty = False
+        if not with_targets:
+            inputs, targets = item, None
+        elif isinstance(item, (tuple, list)) and len(item) == 2:
+            inputs, targets = item
+        else:
+            raise ValueError(
+                f"item {position} of the stream of micro-batches is a {type(item).__name__}; "
+                "it must be a pair (inputs, targets), since there is a loss_fn"
+            )
+        yield from split(inputs, targets, micro_batch_size)
+    if empty:
+        raise ValueError(
+            "the stream of micro-batches is empty; a large batch needs at least one sample "
+            "(a generator that has already been consumed gives nothing a second time)"
+        )
+
+
+def count_samples(inputs: PyTree, targets: PyTree) -> int:
+    """The number of samples that all leaves agree on.
+
+    Raises:
+        ValueError: there are none, or the leaves disagree; the message names the leaf.
+    """
+    counted: list[tuple[str, int]] = []
+    for name, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if has_samples(leaf):
+                counted.append((name + pytree.keystr(path), leaf.shape[0]))
+            elif isinstance(leaf, Iterable) and not isinstance(leaf, (str, bytes, Tensor)):
+                raise ValueError(
+                    f"{name}{pytree.keystr(path)} is a {type(leaf).__name__}; a batch is made of "
+                    "tensors and NumPy arrays in dicts, lists and tuples: convert it first"
+                )
+    if not counted:
+        raise ValueError(
+            "the batch holds no tensor with a first dimension to split; "
+            "inputs must have shape (samples, ...)"
+        )
+    first_name, samples = counted[0]
+    for name, length in counted[1:]:
+        if length != samples:
+            raise ValueError(
+                f"{name} has {length} samples but {first_name} has {samples}; "
+                "the first dimensions of inputs and targets must be equal"
+            )
+    if samples == 0:
+        raise ValueError(
+            f"{first_name} has 0 samples; a large batch needs at least one. "
+            "Leave an empty batch out of the loop"
+        )
+    return samples
+
+
+def has_samples(leaf: Any) -> bool:
+    """True where the leaf's first dimension counts samples."""
+    return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor over a NumPy array's rows; copied where the array cannot be written (memory maps)."""
+    if isinstance(array, np.memmap) or not array.flags.writeable:
+        array = np.array(array)
+    return torch.from_numpy(array)
+
+
+def _plain(tree: PyTree) -> PyTree:
+    # Mappings of other libraries (a tokenizer's BatchEncoding, say) are leaves to a pytree.
+    if isinstance(tree, Mapping) and not isinstance(tree, dict):
+        return dict(tree)
+    return tree
+
+
+def _rows(tree: PyTree, start: int, stop: int) -> PyTree:
+    return pytree.tree_map(
+        lambda leaf: leaf[start:stop] if has_samples(leaf) else leaf, tree
+    )

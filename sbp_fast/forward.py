@@ -1,0 +1,92 @@
+"""Runs the user's model and loss on one micro-batch: how they are called, and what must come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import MicroBatch, PyTree
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model, its loss, and the autocast context in which both run."""
+
+    model: nn.Module
+    loss_fn: Callable[..., Any] | None
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def loss(self, micro_batch: MicroBatch) -> Tensor:
+        """The loss of one micro-batch, with its graph; no dimensions.
+
+        Raises:
+            ValueError: the loss is no scalar, does not depend on a trainable parameter, or targets are
+                missing.
+            TypeError: the loss is no tensor.
+        """
+        if self.loss_fn is not None and micro_batch.targets is None:
+            raise ValueError(
+                "targets are None although there is a loss_fn; pass targets, or loss_fn=None for a "
+                "model that returns its own loss"
+            )
+        with torch.enable_grad(), self.autocast():
+            outputs = _call(self.model, micro_batch.inputs)
+            if self.loss_fn is None:
+                loss = _own_loss(outputs)
+            else:
+                loss = self.loss_fn(outputs, micro_batch.targets)
+        return _check_loss(loss)
+
+
+def backward_context(device_type: str) -> AbstractContextManager[Any]:
+    """Backward runs in the types that forward chose: an autocast context of the caller's is suspended."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _call(model: nn.Module, inputs: PyTree) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    # A named tuple is one argument; a plain tuple is the arguments.
+    if type(inputs) is tuple:
+        return model(*inputs)
+    return model(inputs)
+
+
+def _own_loss(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if getattr(outputs, "loss", None) is not None:
+        return outputs.loss
+    if isinstance(outputs, Mapping) and "loss" in outputs:
+        return outputs["loss"]
+    raise TypeError(
+        f"loss_fn is None, but the model returned a {type(outputs).__name__} that is no loss and has "
+        "neither .loss nor ['loss']; pass a loss_fn, or give the model what it needs to compute its loss "
+        "(labels, for instance)"
+    )
+
+
+def _check_loss(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}; it must be a tensor with one element, computed from "
+            "the model's outputs"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)}; it must be a scalar: use reduction='mean' or "
+            "'sum', or reduce it in loss_fn"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not depend on any trainable parameter; check for .detach(), .item() or "
+            "torch.no_grad() in the model or in loss_fn"
+        )
+    return loss.reshape(())

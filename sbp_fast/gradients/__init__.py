@@ -1,0 +1,7 @@
+"""Gradients on their way from autograd to ``p.grad``: collected, accumulated, finalised."""
+
+from .accumulators import Accumulators
+from .finalise import Finaliser
+from .hooks import GradientHooks
+
+__all__ = ["Accumulators", "Finaliser", "GradientHooks"]

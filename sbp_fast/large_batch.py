@@ -1,0 +1,61 @@
+"""What is known of a large batch while it streams, and what is reported of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from .gradients import Accumulators
+from .loss import Shares, Weight
+from .memory.peak import PeakMeter
+from .result import StepResult
+
+
+@dataclass
+class LargeBatch:
+    """The sums of one large batch: gradients, loss, weights.
+
+    ``loss`` and ``grad_norm`` are final after :meth:`close`.
+    """
+
+    shares: Shares
+    accumulators: Accumulators
+    meter: PeakMeter
+    loss: Tensor = field(init=False)
+    grad_norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = torch.zeros_like(self.accumulators.statistics[0])
+
+    def add_loss(self, loss: Tensor, share: Weight) -> None:
+        self.loss = self.loss + loss.detach() * share
+
+    def close(self, grad_scaler: GradScaler | None) -> Weight:
+        """Normalises what was summed; returns what the accumulators are still to be multiplied with."""
+        scale = self.shares.remaining_scale()
+        self.loss = self.loss * scale
+        self.grad_norm = self.accumulators.statistics[1].sqrt() * scale
+        if grad_scaler is not None:
+            # The scaler's factor, without reading it back to the host: what it makes of a one.
+            self.grad_norm = self.grad_norm / grad_scaler.scale(torch.ones_like(self.grad_norm))
+        return scale
+
+    def is_broken(self) -> bool:
+        """Whether the loss or any gradient is not finite. Waits for the device."""
+        finite = torch.isfinite(self.loss) & (self.accumulators.statistics[2] == 0.0)
+        return not bool(finite)
+
+    def result(self, skipped: bool) -> StepResult:
+        return StepResult(
+            loss=self.loss,
+            grad_norm=self.grad_norm,
+            samples=self.shares.samples,
+            micro_batches=self.shares.micro_batches,
+            micro_batch_size=self.shares.micro_batch_size,
+            peak_bytes=self.meter.peak_bytes(),
+            noise_scale=None,
+            skipped=skipped,
+        )

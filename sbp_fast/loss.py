@@ -1,0 +1,300 @@
+"""Who divides by what: how the losses of micro-batches add up to the loss of the large batch.
+
+A loss that averages divides by its own denominator ``W_i`` (samples, elements, tokens, class weights).
+The large batch would divide once, by ``W = sum of W_i``. So micro-batch ``i`` counts with the share
+``W_i / W``: exact for uneven pieces and ragged tokens, where dividing by the number of micro-batches is
+not. A loss that sums needs no division at all.
+
+The paper's own scaling (Ravi Kumar and Sivakumar 2025, section 4, "Loss Normalization Algorithm"),
+``Loss / sqrt(B)``, is the normalization ``"inverse_sqrt"``: the large batch's loss, as its ``loss_fn``
+defines it, over the square root of its number of samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .batches import MicroBatch, PyTree
+
+NORMALIZATIONS = ("auto", "mean", "tokens", "sum", "inverse_sqrt")
+IGNORE_INDEX = -100
+
+Weight = float | Tensor
+Weigh = Callable[[MicroBatch], Weight]
+
+
+@dataclass(frozen=True)
+class LossContract:
+    """What is known of the loss.
+
+    ``weigh`` gives a micro-batch's denominator, or is None where the loss sums. ``inverse_sqrt`` asks for
+    the paper's extra division.
+    """
+
+    weigh: Weigh | None
+    inverse_sqrt: bool = False
+
+
+class Shares:
+    """Hands out each micro-batch's share ``W_i / W`` of its large batch.
+
+    Where the large batch is a stream, ``W`` is known only at its end. Shares are then relative to the
+    first micro-batch, which keeps gradients at their usual magnitude, and :meth:`remaining_scale` is what
+    everything must still be multiplied with.
+    """
+
+    def __init__(self, contract: LossContract) -> None:
+        self._contract = contract
+        self._divisor: Weight | None = None
+        self._total: Weight = 0.0
+        self.samples = 0
+        self.micro_batches = 0
+        self.micro_batch_size = 0
+
+    def announce(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Tells the whole large batch beforehand, so that every share is final when handed out.
+
+        Raises:
+            ValueError: the weights add up to nothing.
+        """
+        total: Weight = 0.0
+        for micro_batch in micro_batches:
+            total = total + self._weigh(micro_batch)
+        self._divisor = self._divide_by(
+            total, sum(micro_batch.samples for micro_batch in micro_batches)
+        )
+
+    def take(self, micro_batch: MicroBatch) -> Weight:
+        """The share of the next micro-batch, and its entry in the totals."""
+        weight = self._weigh(micro_batch)
+        if self._divisor is None:
+            # A first piece that weighs nothing (all targets ignored) cannot be the unit.
+            unit = weight if isinstance(weight, Tensor) or weight > 0 else 1.0
+            self._divisor = self._divide_by(unit, micro_batch.samples)
+        self._total = self._total + weight
+        self.samples += micro_batch.samples
+        self.micro_batches += 1
+        self.micro_batch_size = max(self.micro_batch_size, micro_batch.samples)
+        return weight / self._divisor
+
+    def remaining_scale(self) -> Weight:
+        """What the sum of all ``share * loss`` is still to be multiplied with; 1.0 if announced."""
+        assert self._divisor is not None
+        return self._divisor / self._divide_by(self._total, self.samples)
+
+    def _weigh(self, micro_batch: MicroBatch) -> Weight:
+        return 1.0 if self._contract.weigh is None else self._contract.weigh(micro_batch)
+
+    def _divide_by(self, total: Weight, samples: int) -> Weight:
+        if self._contract.weigh is None:
+            total = 1.0
+        if not isinstance(total, Tensor) and not total > 0:
+            raise ValueError(
+                f"the targets of the large batch weigh {total} in all; at least one must count "
+                "(are all of them equal to ignore_index, or is every weight 0?)"
+            )
+        return total * samples**0.5 if self._contract.inverse_sqrt else total
+
+
+def read_contract(
+    loss_fn: Callable[..., Any] | None,
+    normalization: str | Callable[[PyTree], Weight],
+) -> LossContract:
+    """Reads the contract off a torch loss, or takes the declared one.
+
+    Raises:
+        ValueError: an unknown normalization, one that contradicts the loss, or ``"auto"`` with a loss
+            that cannot be read.
+    """
+    if callable(normalization):
+        return LossContract(weigh=functools.partial(_declared_weight, normalization))
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization is {normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}, or a "
+            "callable that takes the targets of a micro-batch and returns its weight"
+        )
+    known = _read_torch_loss(loss_fn)
+    if known is not None:
+        return _check_known(known, normalization)
+    if normalization == "auto":
+        raise ValueError(
+            f"normalization='auto' cannot see how {_describe(loss_fn)} averages. Declare it: 'mean' if "
+            "it averages over samples, 'tokens' if over targets other than -100, 'sum' if it does not "
+            "divide, or a callable that returns a micro-batch's denominator"
+        )
+    if normalization == "sum":
+        return LossContract(weigh=None)
+    if normalization == "tokens":
+        return LossContract(weigh=_count_tokens)
+    return LossContract(weigh=_count_samples, inverse_sqrt=normalization == "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class _Known:
+    name: str
+    reduction: str
+    weigh: Weigh
+
+
+def _check_known(known: _Known, normalization: str) -> LossContract:
+    if known.reduction not in ("mean", "batchmean", "sum"):
+        raise ValueError(
+            f"{known.name} has reduction={known.reduction!r}, so it returns no scalar; "
+            "use reduction='mean' or 'sum'"
+        )
+    sums = known.reduction == "sum"
+    if normalization in ("mean", "tokens") and sums:
+        raise ValueError(
+            f"normalization={normalization!r} says that the loss averages, but {known.name} has "
+            "reduction='sum'; use normalization='sum' (or 'auto'), or reduction='mean'"
+        )
+    if normalization == "sum" and not sums:
+        raise ValueError(
+            f"normalization='sum' says that the loss does not divide, but {known.name} has "
+            f"reduction={known.reduction!r}; use normalization='auto', or reduction='sum'"
+        )
+    return LossContract(
+        weigh=None if sums else known.weigh, inverse_sqrt=normalization == "inverse_sqrt"
+    )
+
+
+# Losses that average over every element, and losses that average over samples.
+_ELEMENT_MODULES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+    nn.PoissonNLLLoss,
+)
+_SAMPLE_MODULES = (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
+_CLASS_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+_ELEMENT_FUNCTIONS = (
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.kl_div,
+)
+_CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
+
+
+def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
+    # The exact type: a subclass may compute anything.
+    kind = type(loss_fn)
+    if isinstance(loss_fn, nn.Module):
+        weigh: Weigh
+        if kind in _CLASS_MODULES:
+            weigh = functools.partial(
+                _class_weight, class_weights=loss_fn.weight, ignore_index=int(loss_fn.ignore_index)
+            )
+        elif kind in _ELEMENT_MODULES:
+            weigh = _count_elements if loss_fn.reduction != "batchmean" else _count_samples
+        elif kind in _SAMPLE_MODULES:
+            weigh = _count_samples
+        else:
+            return None
+        return _Known(f"{kind.__name__}()", str(loss_fn.reduction), weigh)
+    keywords: Mapping[str, Any] = {}
+    function = loss_fn
+    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
+        function, keywords = loss_fn.func, loss_fn.keywords
+    reduction = str(keywords.get("reduction", "mean"))
+    name = getattr(function, "__name__", "")
+    if function in _CLASS_FUNCTIONS:
+        weigh = functools.partial(
+            _class_weight,
+            class_weights=keywords.get("weight"),
+            ignore_index=int(keywords.get("ignore_index", IGNORE_INDEX)),
+        )
+        return _Known(name, reduction, weigh)
+    if function in _ELEMENT_FUNCTIONS:
+        return _Known(
+            name, reduction, _count_elements if reduction != "batchmean" else _count_samples
+        )
+    return None
+
+
+def _count_samples(micro_batch: MicroBatch) -> Weight:
+    return float(micro_batch.samples)
+
+
+def _count_elements(micro_batch: MicroBatch) -> Weight:
+    return float(_target_tensor(micro_batch).numel())
+
+
+def _count_tokens(micro_batch: MicroBatch) -> Weight:
+    tree = micro_batch.targets if micro_batch.targets is not None else micro_batch.inputs
+    if isinstance(tree, Mapping) and "labels" in tree:
+        tree = tree["labels"]
+    return _total((_as_tensor(tree, "normalization='tokens'") != IGNORE_INDEX).sum())
+
+
+def _class_weight(
+    micro_batch: MicroBatch, class_weights: Tensor | None, ignore_index: int
+) -> Weight:
+    targets = _target_tensor(micro_batch)
+    if targets.is_floating_point():
+        # Class probabilities, shape (samples, classes, ...): torch divides by the number of positions.
+        return float(targets.numel() // targets.shape[1]) if targets.ndim > 1 else 1.0
+    counted = targets != ignore_index
+    if class_weights is None:
+        return _total(counted.sum())
+    weights = class_weights.to(device=targets.device, dtype=torch.float64)
+    # ignore_index may lie outside the classes.
+    return _total((weights[torch.where(counted, targets, 0)] * counted).sum())
+
+
+def _declared_weight(
+    normalization: Callable[[PyTree], Weight], micro_batch: MicroBatch
+) -> Weight:
+    tree = micro_batch.targets if micro_batch.targets is not None else micro_batch.inputs
+    weight = normalization(tree)
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(
+                f"normalization returned a tensor of shape {tuple(weight.shape)}; "
+                "it must return one number, the weight of the micro-batch"
+            )
+        return _total(weight.detach().reshape(()))
+    return float(weight)
+
+
+def _total(value: Tensor) -> Weight:
+    # On the host a number costs nothing; on a CUDA device, reading it would wait for the device.
+    return value.double() if value.is_cuda else float(value)
+
+
+def _target_tensor(micro_batch: MicroBatch) -> Tensor:
+    return _as_tensor(micro_batch.targets, "normalization='auto'")
+
+
+def _as_tensor(tree: PyTree, needed_by: str) -> Tensor:
+    if not isinstance(tree, Tensor):
+        if hasattr(tree, "__array__"):
+            return torch.as_tensor(tree)
+        raise ValueError(
+            f"{needed_by} counts in one tensor of targets, but they are a {type(tree).__name__}; "
+            "pass normalization=a callable that returns the weight of a micro-batch's targets"
+        )
+    return tree
+
+
+def _describe(loss_fn: Callable[..., Any] | None) -> str:
+    if loss_fn is None:
+        return "a model that returns its own loss"
+    return f"loss_fn={getattr(loss_fn, '__name__', None) or type(loss_fn).__name__}"

@@ -1,0 +1,138 @@
+"""The options of a StreamedAccumulator: checked once, with errors that name the value and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import PyTree
+from .ops import BACKENDS
+
+Normalization = str | Callable[[PyTree], "float | Tensor"]
+
+# Options whose other values belong to the contract but are not there yet: what works instead.
+_NOT_YET: dict[str, dict[Any, str]] = {
+    "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
+    "batch_norm": {"exact": "batch_norm='micro_batch', or a model with group or layer normalisation"},
+    "dropout": {"per_sample": "dropout='native'"},
+    "cross_sample_loss": {True: "a loss that is a mean or a sum over samples"},
+    "activations": {
+        "recompute": "activations='keep', with torch.utils.checkpoint inside the model",
+        "offload": "activations='keep', under torch.autograd.graph.save_on_cpu",
+        "auto": "activations='keep'",
+    },
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "batch_norm": ("micro_batch",),
+    "dropout": ("native",),
+    "cross_sample_loss": (False,),
+    "activations": ("keep",),
+    "backend": BACKENDS,
+}
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Refuses a value that is unknown, or known but not available yet.
+
+    Raises:
+        NotImplementedError: the value will come; the message says what to pass instead.
+        ValueError: the value is unknown.
+    """
+    later = _NOT_YET.get(name, {})
+    if value in later:
+        raise NotImplementedError(
+            f"{name}={value!r} is not available yet; pass {later[value]}"
+        )
+    allowed = _ALLOWED[name]
+    if value not in allowed:
+        raise ValueError(
+            f"{name} is {value!r}; it must be one of "
+            + ", ".join(repr(choice) for choice in (*allowed, *later))
+        )
+
+
+def check_micro_batch_size(value: Any) -> int:
+    """Raises TypeError for what is no int, ValueError for an int below 1."""
+    if value == "auto":
+        raise NotImplementedError(
+            f"micro_batch_size='auto' is not available yet; pass {_NOT_YET['micro_batch_size'][value]}"
+        )
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"micro_batch_size is {value!r}; it must be an int, the number of samples computed at once"
+        )
+    if value < 1:
+        raise ValueError(
+            f"micro_batch_size is {value}; it must be at least 1, the number of samples computed at once"
+        )
+    return value
+
+
+def check_memory_budget(value: Any) -> None:
+    if value is not None:
+        raise NotImplementedError(
+            f"memory_budget={value!r} is not available yet; pass micro_batch_size=an int that fits, and "
+            "use sbp_fast.memory.memory_budget(device, bytes) to enforce a bound"
+        )
+
+
+def check_max_grad_norm(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(
+            f"max_grad_norm is {value!r}; it must be a number greater than 0, or None for no clipping"
+        )
+    return float(value)
+
+
+def autocast_context(
+    autocast: torch.dtype | torch.autocast | None, device_type: str
+) -> Callable[[], AbstractContextManager[Any]]:
+    """A factory of the context in which models and losses run.
+
+    Args:
+        autocast: None (whatever context the caller is in), a dtype (bfloat16 or float16), or a
+            ``torch.autocast`` object.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if autocast is None:
+        return nullcontext
+    if isinstance(autocast, torch.dtype):
+        if autocast not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast is {autocast}; it must be torch.bfloat16 or torch.float16, or None"
+            )
+        dtype = autocast
+        return lambda: torch.autocast(device_type, dtype=dtype)
+    if isinstance(autocast, torch.autocast):
+        context = autocast
+        return lambda: context
+    raise TypeError(
+        f"autocast is {autocast!r}; it must be None, torch.bfloat16, torch.float16 or a torch.autocast "
+        "object"
+    )
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"the model has {len(parameters)} parameters, none of which requires a gradient; set "
+            "requires_grad_(True) on what is to be trained"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
+        )

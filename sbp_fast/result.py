@@ -1,0 +1,35 @@
+"""What a step reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one large batch. Tensors stay on the device until they are read.
+
+    Attributes:
+        loss: the large batch's loss, as one ``loss_fn`` over all of it would give it (under
+            ``"inverse_sqrt"``: divided by the square root of ``samples``); no dimensions.
+        grad_norm: the 2-norm of the large batch's gradient before clipping; float64, no dimensions.
+        samples: samples in the large batch.
+        micro_batches: how many pieces it was split into.
+        micro_batch_size: the largest number of samples in one piece.
+        peak_bytes: the most device memory allocated at once during the step, in bytes. On CUDA the
+            allocator's figure (its peak is reset when a step begins). On the CPU, where nothing counts
+            by itself, the figure of an enclosing :func:`sbp_fast.memory.memory_budget`, else None.
+        noise_scale: None; the gradient noise scale is not available yet.
+        skipped: True where the loss or the gradient was not finite, so that no update was made.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    samples: int
+    micro_batches: int
+    micro_batch_size: int
+    peak_bytes: int | None
+    noise_scale: Tensor | None
+    skipped: bool

@@ -1,0 +1,83 @@
+"""Copies from the host to a CUDA device on a side stream, through a ring of pinned slots.
+
+Three orders are kept by events, and nothing waits for more than it must:
+
+1. The side stream waits for what the main stream had in flight when a micro-batch's device memory was
+   allocated, because that memory may have been freed by work that is still running.
+2. The main stream waits for a micro-batch's copy before it computes with it.
+3. The host waits for a slot's last copy before it fills the slot again.
+
+Device memory is allocated on the main stream, so the caching allocator needs no ``record_stream``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_SLOTS = 2
+
+
+@dataclass
+class _Slot:
+    copied: torch.cuda.Event
+    buffers: list[Tensor] = field(default_factory=list)
+    used: int = 0
+
+
+class PinnedRing:
+    """Two pinned slots: one is filled by the host while the other is read by the copy engine.
+
+    Slots grow to the largest micro-batch seen and are kept for the next large batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._slots = [_Slot(torch.cuda.Event()) for _ in range(_SLOTS)]
+        self._next = 0
+
+    def open(self) -> int:
+        """Begins a micro-batch; returns the ticket to wait for."""
+        slot = self._slots[self._next % _SLOTS]
+        slot.copied.synchronize()
+        slot.used = 0
+        self._next += 1
+        return self._next - 1
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Enqueues the copy of one host tensor; the result must not be used before :meth:`wait_for`."""
+        slot = self._slots[(self._next - 1) % _SLOTS]
+        source = rows if rows.is_pinned() else self._stage(slot, rows)
+        main = torch.cuda.current_stream(self._device)
+        arrived = torch.empty(rows.shape, dtype=rows.dtype, device=self._device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            arrived.copy_(source, non_blocking=True)
+        return arrived
+
+    def close(self) -> None:
+        """Ends the micro-batch: everything of it is enqueued."""
+        self._slots[(self._next - 1) % _SLOTS].copied.record(self._side)
+
+    def wait_for(self, ticket: int) -> None:
+        """Makes the main stream wait for the copies of one micro-batch."""
+        slot = self._slots[ticket % _SLOTS]
+        torch.cuda.current_stream(self._device).wait_event(slot.copied)
+
+    def join(self) -> None:
+        """Makes the main stream wait for every copy, so that memory of an abandoned micro-batch is not
+        reused under a copy still on its way."""
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def _stage(self, slot: _Slot, rows: Tensor) -> Tensor:
+        size = rows.nbytes
+        if slot.used == len(slot.buffers):
+            slot.buffers.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+        elif slot.buffers[slot.used].nbytes < size:
+            slot.buffers[slot.used] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = slot.buffers[slot.used][:size].view(rows.dtype).view(rows.shape)
+        slot.used += 1
+        return staged.copy_(rows)

@@ -44,7 +44,7 @@ INSTRUCTION_SETS = {
 }
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Why a library cannot be built on this machine, and what would change that."""
 
 
@@ -62,13 +62,13 @@ def torch_folder() -> Path:
     try:
         import torch
     except ImportError as error:
-        raise CannotBuild(
+        raise CannotBuildError(
             f"torch cannot be imported where the build runs ({error}); install torch >= 2.10 and "
             "use --no-build-isolation, or let pip fetch it for an isolated build"
         ) from None
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
-        raise CannotBuild(f"torch is {torch.__version__}; its stable ABI serves from 2.10 on")
+        raise CannotBuildError(f"torch is {torch.__version__}; its stable ABI serves from 2.10 on")
     return Path(torch.__file__).resolve().parent
 
 
@@ -77,13 +77,12 @@ def host_compiler() -> str:
     for name in candidates:
         if name and shutil.which(name):
             return name
-    raise CannotBuild("no C++ compiler was found; install g++ >= 12 or set CXX")
+    raise CannotBuildError("no C++ compiler was found; install g++ >= 12 or set CXX")
 
 
 def common_flags(torch: Path) -> str:
     return (
-        f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
-        f"-isystem {torch / 'include'}"
+        f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch / 'include'}"
     )
 
 
@@ -130,7 +129,7 @@ class BuildNative(build_ext):
         for name in wanted[choice]:
             try:
                 built[name] = self.build_library(name)
-            except CannotBuild as reason:
+            except CannotBuildError as reason:
                 if choice != "auto":
                     raise SystemExit(
                         f"SBP_FAST_BUILD={choice}, but the {name} library cannot be built: {reason}"
@@ -160,11 +159,11 @@ class BuildNative(build_ext):
                 text=True,
             )
         except OSError as error:
-            raise CannotBuild(f"ninja could not be run: {error}; pip install ninja") from None
+            raise CannotBuildError(f"ninja could not be run: {error}; pip install ninja") from None
         print(run.stdout)
         if run.returncode != 0:
             tail = "\n".join((run.stdout + run.stderr).splitlines()[-30:])
-            raise CannotBuild(f"compilation failed:\n{tail}")
+            raise CannotBuildError(f"compilation failed:\n{tail}")
         return f"{library.compiler} {compiler_version(library.compiler)}".strip()
 
     def get_outputs(self) -> list[str]:

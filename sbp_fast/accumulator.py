@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -83,21 +84,24 @@ class StreamedAccumulator:
         options.check_choice("cross_sample_loss", cross_sample_loss)
         options.check_choice("activations", activations)
         options.check_choice("backend", backend)
+        options.warn_about_batch_norm(model)
+        self._model = model
         self._optimizer = optimizer
         self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
         self._contract = read_contract(loss_fn, normalization)
         self._has_targets = loss_fn is not None
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._device = self._parameters[0].device
+        self._device = next(p.device for p in model.parameters() if p.requires_grad)
         self._backend = resolve(backend, self._device.type)
         self._forward = Forward(
             model, loss_fn, options.autocast_context(autocast, self._device.type)
         )
         self._grad_scaler = grad_scaler
         self._ring = PinnedRing(self._device) if self._device.type == "cuda" else None
-        self._hooks = GradientHooks(self._parameters)
         self._finaliser = Finaliser(self._backend, options.check_max_grad_norm(max_grad_norm))
-        self._transaction = Transaction(model, self._parameters)
+        self._all_parameters = list(model.parameters())
+        self._parameters: list[nn.Parameter] = []
+        self._hooks: GradientHooks | None = None
+        self._watch_parameters()
 
     def step(self, inputs: PyTree | Iterable[Any], targets: PyTree = None) -> StepResult:
         """One large batch: stream, accumulate, update, zero.
@@ -120,6 +124,7 @@ class StreamedAccumulator:
         Raises:
             ValueError: an empty batch, leaves of different lengths, a loss that is no scalar.
         """
+        self._watch_parameters()
         with self._transaction as transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
@@ -140,10 +145,23 @@ class StreamedAccumulator:
 
         Takes and raises what :meth:`step` does.
         """
+        self._watch_parameters()
         with self._transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
             return large_batch.result(skipped=False)
+
+    def _watch_parameters(self) -> None:
+        """Hooks whatever is trainable now: layers may be frozen and unfrozen between steps."""
+        trainable = [p for p in self._all_parameters if p.requires_grad]
+        if len(trainable) == len(self._parameters) and all(map(is_, trainable, self._parameters)):
+            return
+        options.check_model(self._model)
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._parameters = trainable
+        self._hooks = GradientHooks(trainable)
+        self._transaction = Transaction(self._model, trainable)
 
     def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
@@ -151,6 +169,7 @@ class StreamedAccumulator:
         large_batch = LargeBatch(
             shares, Accumulators(self._parameters, backend=self._backend), PeakMeter(self._device)
         )
+        assert self._hooks is not None
         with self._hooks.delivering_to(large_batch.accumulators.add):
             for arrival in stream_to(self._device, micro_batches, self._ring):
                 if arrival.is_last:

@@ -142,6 +142,4 @@ def _plain(tree: PyTree) -> PyTree:
 
 
 def _rows(tree: PyTree, start: int, stop: int) -> PyTree:
-    return pytree.tree_map(
-        lambda leaf: leaf[start:stop] if has_samples(leaf) else leaf, tree
-    )
+    return pytree.tree_map(lambda leaf: leaf[start:stop] if has_samples(leaf) else leaf, tree)

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batches import MicroBatch, PyTree
+from .batches import MicroBatch, PyTree, as_tensor
 
 NORMALIZATIONS = ("auto", "mean", "tokens", "sum", "inverse_sqrt")
 IGNORE_INDEX = -100
@@ -199,8 +200,9 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
     if isinstance(loss_fn, nn.Module):
         weigh: Weigh
         if kind in _CLASS_MODULES:
+            assert isinstance(loss_fn, _CLASS_MODULES)
             weigh = functools.partial(
-                _class_weight, class_weights=loss_fn.weight, ignore_index=int(loss_fn.ignore_index)
+                _class_weight, class_weights=loss_fn.weight, ignore_index=loss_fn.ignore_index
             )
         elif kind in _ELEMENT_MODULES:
             weigh = _count_elements if loss_fn.reduction != "batchmean" else _count_samples
@@ -259,9 +261,7 @@ def _class_weight(
     return _total((weights[torch.where(counted, targets, 0)] * counted).sum())
 
 
-def _declared_weight(
-    normalization: Callable[[PyTree], Weight], micro_batch: MicroBatch
-) -> Weight:
+def _declared_weight(normalization: Callable[[PyTree], Weight], micro_batch: MicroBatch) -> Weight:
     tree = micro_batch.targets if micro_batch.targets is not None else micro_batch.inputs
     weight = normalization(tree)
     if isinstance(weight, Tensor):
@@ -284,9 +284,9 @@ def _target_tensor(micro_batch: MicroBatch) -> Tensor:
 
 
 def _as_tensor(tree: PyTree, needed_by: str) -> Tensor:
+    if isinstance(tree, np.ndarray):
+        return as_tensor(tree)
     if not isinstance(tree, Tensor):
-        if hasattr(tree, "__array__"):
-            return torch.as_tensor(tree)
         raise ValueError(
             f"{needed_by} counts in one tensor of targets, but they are a {type(tree).__name__}; "
             "pass normalization=a callable that returns the weight of a micro-batch's targets"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +18,9 @@ Normalization = str | Callable[[PyTree], "float | Tensor"]
 # Options whose other values belong to the contract but are not there yet: what works instead.
 _NOT_YET: dict[str, dict[Any, str]] = {
     "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
-    "batch_norm": {"exact": "batch_norm='micro_batch', or a model with group or layer normalisation"},
+    "batch_norm": {
+        "exact": "batch_norm='micro_batch', or a model with group or layer normalisation"
+    },
     "dropout": {"per_sample": "dropout='native'"},
     "cross_sample_loss": {True: "a loss that is a mean or a sum over samples"},
     "activations": {
@@ -44,9 +47,7 @@ def check_choice(name: str, value: Any) -> None:
     """
     later = _NOT_YET.get(name, {})
     if value in later:
-        raise NotImplementedError(
-            f"{name}={value!r} is not available yet; pass {later[value]}"
-        )
+        raise NotImplementedError(f"{name}={value!r} is not available yet; pass {later[value]}")
     allowed = _ALLOWED[name]
     if value not in allowed:
         raise ValueError(
@@ -128,6 +129,22 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"the model has {len(parameters)} parameters, none of which requires a gradient; set "
             "requires_grad_(True) on what is to be trained"
+        )
+
+
+def warn_about_batch_norm(model: nn.Module) -> None:
+    """Says that statistics per micro-batch make the step depend on the split."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    if layers:
+        warnings.warn(
+            f"{len(layers)} batch norm layers ({layers[0]!r} first) use each micro-batch's own "
+            "statistics, as batch_norm='micro_batch' says: the step depends on micro_batch_size. Group or "
+            "layer norm does not, nor does batch norm in eval mode",
+            stacklevel=3,
         )
 
 

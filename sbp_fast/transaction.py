@@ -19,13 +19,13 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Parameter]) -> None:
-        self._model = model
+        self._owners = [module for module in model.modules() if module._buffers]
         self._parameters = parameters
         self._copies: dict[tuple[nn.Module, str], _BufferCopy] = {}
         self._gradients: list[Tensor | None] = []
 
     def __enter__(self) -> Transaction:
-        for module in self._model.modules():
+        for module in self._owners:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     self._copy(module, name, buffer)

@@ -114,9 +114,7 @@ class Accumulators:
                     backend=self._backend,
                 )
         if bucket.observations:
-            ops.gradient_statistics_(
-                bucket.observations, self.statistics, backend=self._backend
-            )
+            ops.gradient_statistics_(bucket.observations, self.statistics, backend=self._backend)
 
     def finish(self) -> list[Tensor | None]:
         """The accumulators, by parameter; None where no gradient came. The object holds none after."""

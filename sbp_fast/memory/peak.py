@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .live_bytes import LiveBytes
 
 
 class PeakMeter:
-    """Measures from its creation on."""
+    """Measures from its creation to :meth:`peak_bytes`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._counter: LiveBytes | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            modes = _get_current_dispatch_mode_stack()
+            self._counter = next((m for m in reversed(modes) if isinstance(m, LiveBytes)), None)
+        if self._counter is not None:
+            self._peak_before = self._counter.peak_bytes
+            self._counter.reset_peak()
 
     def peak_bytes(self) -> int | None:
         """Bytes; None on a device where nothing counts them."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return None
+        if self._counter is None:
+            return None
+        peak = self._counter.peak_bytes
+        # Whoever counts over a longer time keeps the larger peak.
+        self._counter.peak_bytes = max(peak, self._peak_before)
+        return peak

@@ -125,7 +125,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
     dimensions below it. Sufficient for every layout that PyTorch makes by itself."""
     reach = 1
     dimensions = sorted(
-        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        (stride, size)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         if size > 1
     )
     if tensor.numel() == 0:

@@ -74,12 +74,11 @@ def plan(
     rows[:, 2] = np.minimum(numels[pair] - begin, CHUNK_ELEMENTS)
     rows[:, 3] = np.float64(value).view(np.int64)
 
-    groups = []
-    row_keys = keys[pair]
-    starts = np.flatnonzero(np.diff(row_keys, prepend=-1))
-    for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(row_keys)], strict=True):
-        key = int(row_keys[first])
-        groups.append(Group(key // 2, bool(key % 2), first, end - first))
+    present = np.unique(keys[pair], return_index=True, return_counts=True)
+    groups = [
+        Group(key // 2, bool(key % 2), first, chunks)
+        for key, first, chunks in zip(*(column.tolist() for column in present), strict=True)
+    ]
     return rows, groups
 
 

@@ -65,7 +65,9 @@ def cpu_instruction_set() -> str:
 def _load(name: str) -> Availability:
     path = FOLDER / f"libsbp_fast_{name}.so"
     if not path.exists():
-        reason = build_note()["left_out"].get(name, "its file is missing; install the package again")
+        reason = build_note()["left_out"].get(
+            name, "its file is missing; install the package again"
+        )
         return Availability(False, f"the {name} library was not built: {reason}")
     try:
         torch.ops.load_library(str(path))

@@ -6,6 +6,9 @@ CUDA tensors), ``.triton`` and ``.reference`` are what their names say. ``backen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import checks
@@ -25,7 +28,7 @@ _ARGUMENTS = {
     ),
 }
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "scale_accumulate_": checks.check_scale_accumulate,
     "gradient_statistics_": checks.check_gradient_statistics,
     "finalise_": checks.check_finalise,

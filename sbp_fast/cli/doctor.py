@@ -1,0 +1,139 @@
+"""``sbp-fast doctor``: what is built, what is usable, and for each thing missing why and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import StreamedAccumulator, __version__
+from ..ops import BACKENDS, availability, resolve
+from ..ops.native import build_note, cpu_instruction_set
+
+# float32 arithmetic in another order: a few units in the last place of a short sum.
+_AGREEMENT = 1e-6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # the command takes none
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report. Exit status 1 where a usable backend disagrees with the reference."""
+    del arguments
+    print(f"sbp_fast {__version__}")
+    for name, text in _environment().items():
+        print(f"  {name:<10} {text}")
+
+    print("\nNative libraries")
+    for name in ("cpu", "cuda"):
+        print(f"  {name:<10} {_describe_library(name)}")
+
+    print("\nBackends (one real step on each, against the reference)")
+    checks = [_check(name) for name in BACKENDS if name != "auto"]
+    for check in checks:
+        print(f"  {check.backend:<10} {check.verdict:<9} {check.detail}")
+
+    print("\nbackend='auto' takes, by device")
+    for device in ("cpu", "cuda"):
+        print(f"  {device:<10} {_automatic_choice(device)}")
+    broken = [check.backend for check in checks if check.verdict == "WRONG"]
+    if broken:
+        print(
+            f"\n{', '.join(broken)}: the result differs from the reference. Do not train with it; set "
+            "SBP_FAST_BACKEND=reference and report this output."
+        )
+        return 1
+    return 0
+
+
+@dataclass(frozen=True)
+class _Check:
+    backend: str
+    verdict: str
+    detail: str
+
+
+def _environment() -> dict[str, str]:
+    cuda = torch.version.cuda
+    facts = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}",
+        "triton": _version("triton") or "not installed; pip install 'sbp_fast[triton]'",
+        "threads": f"{torch.get_num_threads()} ({platform.machine()})",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["device"] = (
+            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"compute capability {properties.major}.{properties.minor}"
+        )
+    else:
+        facts["device"] = "cpu (torch sees no CUDA device)"
+    return facts
+
+
+def _describe_library(name: str) -> str:
+    note = build_note()
+    if name not in note["built"]:
+        reason = note["left_out"].get(name, "unknown")
+        return f"not built: {reason}"
+    built = f"built with {note['built'][name]}"
+    usable, reason = availability(name)
+    if not usable:
+        return f"{built}; not loaded: {reason}"
+    return f"{built}; uses {cpu_instruction_set()}" if name == "cpu" else f"{built}; loaded"
+
+
+def _check(backend: str) -> _Check:
+    usable, reason = availability(backend)
+    if not usable:
+        return _Check(backend, "missing", reason)
+    device = _device_for(backend)
+    expected = _one_step("reference", device)
+    actual = _one_step(backend, device)
+    error = float((actual - expected).norm() / expected.norm())
+    verdict = "ok" if error <= _AGREEMENT else "WRONG"
+    return _Check(
+        backend, verdict, f"on {device}, relative difference {error:.1e} (at most {_AGREEMENT:.0e})"
+    )
+
+
+def _device_for(backend: str) -> str:
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _one_step(backend: str, device: str) -> torch.Tensor:
+    """All parameters after one clipped step on an uneven split: shape ``(parameters,)``, float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(33, 65), nn.GELU(), nn.Linear(65, 7))
+        inputs, targets = torch.randn(13, 33), torch.randint(0, 7, (13,))
+    model.to(device)
+    accumulator = StreamedAccumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        nn.CrossEntropyLoss(),
+        micro_batch_size=5,
+        max_grad_norm=0.1,
+        backend=backend,
+    )
+    accumulator.step(inputs, targets)
+    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+
+
+def _automatic_choice(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "nothing: torch sees no CUDA device"
+    return resolve("auto", device)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,7 @@
+"""Device memory: budgets, what is in use, and the peak."""
+
+from .budget import format_bytes, parse_bytes
+from .device_budget import DeviceMemory, memory_budget
+from .live_bytes import LiveBytes
+
+__all__ = ["DeviceMemory", "LiveBytes", "format_bytes", "memory_budget", "parse_bytes"]

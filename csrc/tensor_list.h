@@ -186,6 +186,14 @@ inline bool is_gradient_dtype(ScalarType dtype) {
   return is_accumulator_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+inline int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float: return 4;
+    default: return 2;
+  }
+}
+
 inline void check_dtypes(const char* op, const char* name, const TensorViews& tensors,
                          bool (*allowed)(ScalarType), const char* allowed_text) {
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -250,6 +258,32 @@ inline void check_written(const char* op, const char* name, const TensorViews& t
                     shape_text(tensor.sizes, tensor.dim), " and strides ",
                     shape_text(tensor.strides, tensor.dim),
                     ", so that elements share memory; pass a .clone() of it");
+  }
+}
+
+// Chunks are written in no particular order, so no two written tensors may share memory. Tensors with
+// gaps may be interleaved and pass unchecked.
+inline void check_separate(const char* op, const char* name, const TensorViews& tensors) {
+  struct Range {
+    const char* begin;
+    const char* end;
+    size_t index;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView& tensor = tensors[i];
+    if (!tensor.contiguous || tensor.numel == 0) continue;
+    const auto* begin = tensor.const_data<char>();
+    ranges.push_back({begin, begin + tensor.numel * element_bytes(tensor.dtype), i});
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    STD_TORCH_CHECK(ranges[i - 1].end <= ranges[i].begin, op, ": ", name, "[",
+                    std::min(ranges[i - 1].index, ranges[i].index), "] and ", name, "[",
+                    std::max(ranges[i - 1].index, ranges[i].index),
+                    "] share memory; pass each tensor once");
   }
 }
 

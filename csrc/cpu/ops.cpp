@@ -55,7 +55,7 @@ int64_t count_elements(const TensorViews& tensors) {
 int64_t count_bytes(const TensorViews& tensors) {
   int64_t bytes = 0;
   for (const TensorView& tensor : tensors) {
-    bytes += tensor.numel * (tensor.dtype == ScalarType::Double ? 8 : 4);
+    bytes += tensor.numel * element_bytes(tensor.dtype);
   }
   return bytes;
 }
@@ -66,14 +66,6 @@ void add_statistics(const TensorView& statistics, const std::vector<ChunkStatist
     total[0] += partial.sum_squares_in;
     total[1] += partial.sum_squares_result;
     if (partial.non_finite) total[2] = 1.0;
-  }
-}
-
-int64_t element_bytes(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return 8;
-    case ScalarType::Float: return 4;
-    default: return 2;
   }
 }
 

@@ -18,11 +18,15 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 _OVERLOAD = {"cuda": "default", "cpu": "default", "triton": "triton", "reference": "reference"}
 
 # What "auto" tries, best first, by the device's type.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_PREFERENCE = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
 _PREFERENCE_ELSEWHERE = ("reference",)
 
 # What an explicit backend can compute on.
-_DEVICES = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "cpu"), "reference": ()}
+_DEVICES = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "xpu", "cpu"), "reference": ()}
 
 
 class BackendUnavailableError(RuntimeError):

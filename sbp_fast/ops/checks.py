@@ -123,6 +123,8 @@ def _check_written(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 def overlaps_itself(tensor: Tensor) -> bool:
     """True where two indices may reach one address: some stride is too small to step over the
     dimensions below it. Sufficient for every layout that PyTorch makes by itself."""
+    if tensor.is_contiguous():
+        return False
     reach = 1
     dimensions = sorted(
         (stride, size)
@@ -136,6 +138,24 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def check_separate(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses written tensors that share memory: chunks are written in no particular order.
+
+    Needs addresses, so fake tensors pass unchecked. Tensors with gaps may be interleaved and pass too.
+    """
+    ranges = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, index)
+        for index, tensor in enumerate(tensors)
+        if tensor.is_contiguous() and tensor.numel() > 0
+    )
+    for (_, end, index), (begin, _, following) in zip(ranges, ranges[1:], strict=False):
+        if begin < end:
+            one, other = sorted((index, following))
+            raise RuntimeError(
+                f"{op}: {name}[{one}] and {name}[{other}] share memory; pass each tensor once"
+            )
 
 
 def _check_statistics(op: str, statistics: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -186,7 +186,7 @@ inline bool is_gradient_dtype(ScalarType dtype) {
   return is_accumulator_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-inline int64_t element_bytes(ScalarType dtype) {
+inline int64_t bytes_per_element(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return 8;
     case ScalarType::Float: return 4;
@@ -275,7 +275,7 @@ inline void check_separate(const char* op, const char* name, const TensorViews& 
     const TensorView& tensor = tensors[i];
     if (!tensor.contiguous || tensor.numel == 0) continue;
     const auto* begin = tensor.const_data<char>();
-    ranges.push_back({begin, begin + tensor.numel * element_bytes(tensor.dtype), i});
+    ranges.push_back({begin, begin + tensor.numel * bytes_per_element(tensor.dtype), i});
   }
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });

@@ -55,7 +55,7 @@ int64_t count_elements(const TensorViews& tensors) {
 int64_t count_bytes(const TensorViews& tensors) {
   int64_t bytes = 0;
   for (const TensorView& tensor : tensors) {
-    bytes += tensor.numel * element_bytes(tensor.dtype);
+    bytes += tensor.numel * bytes_per_element(tensor.dtype);
   }
   return bytes;
 }
@@ -85,7 +85,7 @@ std::vector<Pair> pair_up(const TensorViews& written, const TensorViews& read) {
   pairs.reserve(written.size());
   for (size_t i = 0; i < written.size(); ++i) {
     pairs.push_back({written[i].mutable_data<char>(), read[i].const_data<char>(),
-                     element_bytes(written[i].dtype), element_bytes(read[i].dtype),
+                     bytes_per_element(written[i].dtype), bytes_per_element(read[i].dtype),
                      dtype_index(written[i].dtype), dtype_index(read[i].dtype),
                      is_flat_pair(written[i], read[i])});
   }
@@ -156,7 +156,7 @@ void gradient_statistics(StableIValue* stack, uint64_t, uint64_t) {
     const int dtype = dtype_index(gradient.dtype);
     if (is_dense(gradient)) {
       partials[i] = kernels().statistics[dtype](
-          gradient.const_data<char>() + chunk.begin * element_bytes(gradient.dtype), chunk.count);
+          gradient.const_data<char>() + chunk.begin * bytes_per_element(gradient.dtype), chunk.count);
     } else {
       partials[i] = with_gradient_type(dtype, [&]<typename gradient_t>() {
         return statistics_strided<gradient_t>(gradient, chunk.begin, chunk.count);

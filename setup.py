@@ -56,6 +56,8 @@ class Library:
     flags: str
     link_flags: str
     sources: dict[str, str] = field(default_factory=dict)
+    # Compiler and source of a shared object that is linked against but never shipped.
+    link_stand_in: tuple[str, str] | None = None
 
 
 def torch_folder() -> Path:
@@ -107,7 +109,40 @@ def cpu_library() -> Library:
     return library
 
 
-LIBRARIES = {"cpu": cpu_library}
+def find_nvcc() -> Path:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    candidates = [Path(home) / "bin" / "nvcc", shutil.which("nvcc")]
+    for candidate in candidates:
+        if candidate and Path(candidate).exists():
+            return Path(candidate).resolve()
+    raise CannotBuildError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
+
+
+def cuda_library() -> Library:
+    torch = torch_folder()
+    nvcc = find_nvcc()
+    architectures = " ".join(
+        f"-gencode=arch=compute_{capability},code=sm_{capability}"
+        for capability in CUDA_ARCHITECTURES
+    )
+    # PTX of the newest one, for devices that come after it.
+    newest = CUDA_ARCHITECTURES[-1]
+    architectures += f" -gencode=arch=compute_{newest},code=compute_{newest}"
+    # The one symbol that comes from torch's CUDA library, for machines whose torch has none: linked
+    # against a stand-in of the same name, resolved by the real one when both are loaded.
+    stand_in = ROOT / "csrc" / "cuda" / "link" / "libtorch_cuda.cpp"
+    return Library(
+        compiler=str(nvcc),
+        flags=f"{common_flags(torch)} -DUSE_CUDA -ccbin {host_compiler()} --threads 0 "
+        f"-Xcompiler=-fPIC,-fvisibility=hidden {architectures}",
+        link_flags=f"-shared -cudart static -ccbin {host_compiler()} -L. -L{torch / 'lib'} "
+        "-Xlinker=--no-as-needed -ltorch_cuda -Xlinker=--as-needed -ltorch_cpu -lc10",
+        sources={str(path): "" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
+        link_stand_in=(host_compiler(), str(stand_in)),
+    )
+
+
+LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}
 
 
 class BuildNative(build_ext):
@@ -164,7 +199,7 @@ class BuildNative(build_ext):
         if run.returncode != 0:
             tail = "\n".join((run.stdout + run.stderr).splitlines()[-30:])
             raise CannotBuildError(f"compilation failed:\n{tail}")
-        return f"{library.compiler} {compiler_version(library.compiler)}".strip()
+        return compiler_version(library.compiler)
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "sbp_fast" / "_native"
@@ -188,13 +223,24 @@ def write_ninja_file(path: Path, library: Library, target: Path) -> None:
             output = Path(source).stem + ".o"
             writer.build(output, "compile", source, variables={"flags": flags})
             objects.append(output)
-        writer.build(str(target), "link", objects)
+        stand_ins = []
+        if library.link_stand_in is not None:
+            compiler, source = library.link_stand_in
+            name = Path(source).stem + ".so"
+            writer.rule(
+                "stand_in", command=f"{compiler} -shared -fPIC -Wl,-soname,{name} $in -o $out"
+            )
+            writer.build(name, "stand_in", source)
+            stand_ins.append(name)
+        writer.build(str(target), "link", objects, implicit=stand_ins)
 
 
 def compiler_version(compiler: str) -> str:
     run = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.strip()]
-    return lines[-1] if "nvcc" in compiler else (lines[0] if lines else "")
+    lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
+    if Path(compiler).name == "nvcc":
+        return "nvcc " + next((line for line in lines if "release" in line), "of unknown release")
+    return lines[0] if lines else compiler
 
 
 class PlatformWheel(bdist_wheel):

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .budget import format_bytes
+
+
+CPU = torch.device("cpu")
 
 
 class StorageReference(weakref.ref[torch.UntypedStorage]):
@@ -150,6 +153,14 @@ class LiveBytes(TorchDispatchMode):
             self.peak_bytes = live
 
 
+def active_counter() -> LiveBytes | None:
+    """The innermost `LiveBytes` whose `with` block encloses the caller; None outside of any."""
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, LiveBytes):
+            return mode
+    return None
+
+
 @functools.cache
 def is_pure_view(func: Any) -> bool:
     """Whether an operation never allocates, so that its outputs need no look (half of all calls).
@@ -165,7 +176,7 @@ def cpu_storage(value: object) -> torch.UntypedStorage | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     storage = value.untyped_storage()
-    return storage if storage.device.type == "cpu" else None
+    return storage if storage.device == CPU else None
 
 
 def is_storage_of_any(key: int, values: Iterable[Any]) -> bool:

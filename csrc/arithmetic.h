@@ -1,12 +1,13 @@
-// The arithmetic of accumulation, one element at a time: what every native kernel, on the host or on
-// a CUDA device, must compute. Kernels differ in how they walk memory, never in what they do here.
+// The arithmetic of accumulation, one element at a time: what every native kernel, on the host or
+// on a CUDA device, must compute. Kernels differ in how they walk memory, never in what they do
+// here.
 #pragma once
-
-#include <cstdint>
-#include <cstring>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__) || defined(SBP_FAST_CUDA_EMULATION)
 #define SBP_FAST_HOST_DEVICE __host__ __device__ __forceinline__

@@ -1,6 +1,7 @@
 // Cuts a list of tensors into chunks of a fixed number of elements. The cut depends on the sizes
-// alone, never on the number of threads or multiprocessors, so partial sums taken chunk by chunk are
-// the same on every machine of one kind. All arithmetic is 64 bit: a tensor may hold 2^31 or more.
+// alone, never on the number of threads or multiprocessors, so partial sums taken chunk by chunk
+// are the same on every machine of one kind. All arithmetic is 64 bit: a tensor may hold 2^31 or
+// more.
 #pragma once
 
 #include <algorithm>

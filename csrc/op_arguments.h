@@ -1,5 +1,6 @@
-// The arguments of each op, taken off the dispatcher's stack and checked. CPU and CUDA share this, so
-// that a call is refused for the same reasons with the same words on both, before anything is written.
+// The arguments of each op, taken off the dispatcher's stack and checked. CPU and CUDA share this,
+// so that a call is refused for the same reasons with the same words on both, before anything is
+// written.
 #pragma once
 
 #include <utility>

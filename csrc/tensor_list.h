@@ -18,9 +18,9 @@
 #include <utility>
 #include <vector>
 
-namespace sbp_fast {
+#include "dtypes.h"
 
-using torch::headeronly::ScalarType;
+namespace sbp_fast {
 
 inline void check_status(AOTITorchError status, const char* call) {
   STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "sbp_fast: ", call, " failed inside PyTorch");
@@ -32,8 +32,9 @@ struct TensorHandleDeleter {
 };
 using OwnedTensor = std::unique_ptr<AtenTensorOpaque, TensorHandleDeleter>;
 
-// One tensor. Pointers are borrowed from `handle`, which keeps the tensor alive. torch::stable::Tensor
-// would cost one more allocation per tensor, and a call takes thousands of them.
+// One tensor. Pointers are borrowed from `handle`, which keeps the tensor alive.
+// torch::stable::Tensor would cost one more allocation per tensor, and a call takes thousands of
+// them.
 struct TensorView {
   OwnedTensor handle;
   const int64_t* sizes = nullptr;
@@ -97,9 +98,9 @@ inline bool is_row_major(const TensorView& tensor) {
   return true;
 }
 
-// Takes ownership and refuses nothing: an exception here would leak the arguments still on the stack.
-// Every call into PyTorch costs, and lists are long: what follows from sizes and strides is worked out
-// here.
+// Takes ownership and refuses nothing: an exception here would leak the arguments still on the
+// stack. Every call into PyTorch costs, and lists are long: what follows from sizes and strides is
+// worked out here.
 inline TensorView read_tensor(AtenTensorHandle owned) {
   TensorView view;
   view.handle.reset(owned);
@@ -186,20 +187,13 @@ inline bool is_gradient_dtype(ScalarType dtype) {
   return is_accumulator_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-inline int64_t bytes_per_element(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return 8;
-    case ScalarType::Float: return 4;
-    default: return 2;
-  }
-}
-
 inline void check_dtypes(const char* op, const char* name, const TensorViews& tensors,
                          bool (*allowed)(ScalarType), const char* allowed_text) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    STD_TORCH_CHECK(tensors[i].strided, op, ": ", name, "[", i,
-                    "] is not in the layout torch.strided; it must be dense, call .to_dense() on it "
-                    "first");
+    STD_TORCH_CHECK(
+        tensors[i].strided, op, ": ", name, "[", i,
+        "] is not in the layout torch.strided; it must be dense, call .to_dense() on it "
+        "first");
     STD_TORCH_CHECK(allowed(tensors[i].dtype), op, ": ", name, "[", i, "] has dtype ",
                     dtype_text(tensors[i].dtype), "; it must be one of ", allowed_text);
   }
@@ -261,8 +255,8 @@ inline void check_written(const char* op, const char* name, const TensorViews& t
   }
 }
 
-// Chunks are written in no particular order, so no two written tensors may share memory. Tensors with
-// gaps may be interleaved and pass unchecked.
+// Chunks are written in no particular order, so no two written tensors may share memory. Tensors
+// with gaps may be interleaved and pass unchecked.
 inline void check_separate(const char* op, const char* name, const TensorViews& tensors) {
   struct Range {
     const char* begin;

@@ -1,5 +1,5 @@
-// The CPU kernels, one table of functions per instruction set. A kernel works on one chunk and returns
-// its share of the statistics; who owns which chunk is the business of ops.cpp.
+// The CPU kernels, one table of functions per instruction set. A kernel works on one chunk and
+// returns its share of the statistics; who owns which chunk is the business of ops.cpp.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -58,8 +58,8 @@ extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
 #endif
 
-// The widest instruction set that this processor has. SBP_FAST_CPU_CAPABILITY (baseline, avx2, avx512)
-// lowers it, for tests; it never raises it.
+// The widest instruction set that this processor has. SBP_FAST_CPU_CAPABILITY (baseline, avx2,
+// avx512) lowers it, for tests; it never raises it.
 const KernelTable& kernels();
 
 }  // namespace sbp_fast::cpu

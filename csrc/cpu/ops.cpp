@@ -1,5 +1,5 @@
-// The ops on CPU tensors: one parallel region per call, chunks handed out as threads come free, partial
-// statistics added in the chunks' order. Registration is at the end of the file.
+// The ops on CPU tensors: one parallel region per call, chunks handed out as threads come free,
+// partial statistics added in the chunks' order. Registration is at the end of the file.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,8 +15,8 @@ namespace sbp_fast::cpu {
 namespace {
 
 constexpr int64_t kChunkElements = 16384;
-// A thread takes this many chunks at a time: few enough that threads finish together, many enough that
-// the memory prefetchers see long runs.
+// A thread takes this many chunks at a time: few enough that threads finish together, many enough
+// that the memory prefetchers see long runs.
 constexpr int64_t kChunksPerTurn = 4;
 // Calls smaller than this are done before a second thread would have woken up.
 constexpr int64_t kSerialElements = 65536;
@@ -92,23 +92,6 @@ std::vector<Pair> pair_up(const TensorViews& written, const TensorViews& read) {
   return pairs;
 }
 
-// Calls function.operator()<T>() with the C++ type of a table position.
-template <typename Function>
-auto with_gradient_type(int dtype, Function function) {
-  switch (dtype) {
-    case 0: return function.template operator()<float>();
-    case 1: return function.template operator()<double>();
-    case 2: return function.template operator()<BFloat16>();
-    default: return function.template operator()<Half>();
-  }
-}
-
-template <typename Function>
-auto with_accumulator_type(int dtype, Function function) {
-  return dtype == 0 ? function.template operator()<float>()
-                    : function.template operator()<double>();
-}
-
 void scale_accumulate(StableIValue* stack, uint64_t, uint64_t) {
   const ScaleAccumulateArguments arguments = read_scale_accumulate(stack);
   const std::vector<Chunk> chunks = cut(arguments.accumulators);
@@ -124,19 +107,19 @@ void scale_accumulate(StableIValue* stack, uint64_t, uint64_t) {
     const Pair& pair = pairs[chunk.tensor];
     ChunkStatistics partial;
     if (pair.flat) {
-      const AccumulateKernel kernel =
-          table[pair.written_dtype][pair.read_dtype][arguments.first_write][with_statistics]
-               [streaming];
+      const AccumulateKernel kernel = table[pair.written_dtype][pair.read_dtype]
+                                           [arguments.first_write][with_statistics][streaming];
       partial = kernel(pair.written + chunk.begin * pair.written_bytes,
                        pair.read + chunk.begin * pair.read_bytes, chunk.count, arguments.scale);
     } else {
-      partial = with_accumulator_type(pair.written_dtype, [&]<typename accumulator_t>() {
-        return with_gradient_type(pair.read_dtype, [&]<typename gradient_t>() {
+      const TensorView& accumulator = arguments.accumulators[chunk.tensor];
+      const TensorView& gradient = arguments.gradients[chunk.tensor];
+      partial = with_accumulator_type(accumulator.dtype, [&]<typename accumulator_t>() {
+        return with_gradient_type(gradient.dtype, [&]<typename gradient_t>() {
           const auto kernel = arguments.first_write
                                   ? accumulate_strided<true, accumulator_t, gradient_t>
                                   : accumulate_strided<false, accumulator_t, gradient_t>;
-          return kernel(arguments.accumulators[chunk.tensor], arguments.gradients[chunk.tensor],
-                        chunk.begin, chunk.count, arguments.scale);
+          return kernel(accumulator, gradient, chunk.begin, chunk.count, arguments.scale);
         });
       });
     }
@@ -153,12 +136,12 @@ void gradient_statistics(StableIValue* stack, uint64_t, uint64_t) {
   for_each_chunk(chunks, count_elements(arguments.gradients), [&](int64_t i) {
     const Chunk& chunk = chunks[i];
     const TensorView& gradient = arguments.gradients[chunk.tensor];
-    const int dtype = dtype_index(gradient.dtype);
     if (is_dense(gradient)) {
-      partials[i] = kernels().statistics[dtype](
-          gradient.const_data<char>() + chunk.begin * bytes_per_element(gradient.dtype), chunk.count);
+      partials[i] = kernels().statistics[dtype_index(gradient.dtype)](
+          gradient.const_data<char>() + chunk.begin * bytes_per_element(gradient.dtype),
+          chunk.count);
     } else {
-      partials[i] = with_gradient_type(dtype, [&]<typename gradient_t>() {
+      partials[i] = with_gradient_type(gradient.dtype, [&]<typename gradient_t>() {
         return statistics_strided<gradient_t>(gradient, chunk.begin, chunk.count);
       });
     }
@@ -183,11 +166,12 @@ void finalise(StableIValue* stack, uint64_t, uint64_t) {
           pair.written + chunk.begin * pair.written_bytes,
           pair.read + chunk.begin * pair.read_bytes, chunk.count, coefficient);
     } else {
-      with_gradient_type(pair.written_dtype, [&]<typename output_t>() {
-        with_accumulator_type(pair.read_dtype, [&]<typename accumulator_t>() {
-          finalise_strided<output_t, accumulator_t>(arguments.outputs[chunk.tensor],
-                                                    arguments.accumulators[chunk.tensor],
-                                                    chunk.begin, chunk.count, coefficient);
+      const TensorView& output = arguments.outputs[chunk.tensor];
+      const TensorView& accumulator = arguments.accumulators[chunk.tensor];
+      with_gradient_type(output.dtype, [&]<typename output_t>() {
+        with_accumulator_type(accumulator.dtype, [&]<typename accumulator_t>() {
+          finalise_strided<output_t, accumulator_t>(output, accumulator, chunk.begin, chunk.count,
+                                                    coefficient);
         });
       });
     }

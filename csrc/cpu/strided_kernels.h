@@ -1,5 +1,5 @@
-// Pairs of tensors whose elements lie in different orders: a plain walk over the indices. Correct for
-// every layout; speed is for the flat kernels, to which nearly all gradients go.
+// Pairs of tensors whose elements lie in different orders: a plain walk over the indices. Correct
+// for every layout; speed is for the flat kernels, to which nearly all gradients go.
 #pragma once
 
 #include <vector>

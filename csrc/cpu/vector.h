@@ -1,5 +1,5 @@
-// Vectors of one compiled width, through the compiler's own vector types: the same source serves every
-// instruction set, and the flags of the file that includes this decide what it becomes.
+// Vectors of one compiled width, through the compiler's own vector types: the same source serves
+// every instruction set, and the flags of the file that includes this decide what it becomes.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +71,9 @@ inline Vector<T, kLanes> load_as(const S* address) {
 
 template <typename T, int kLanes>
 inline Vector<T, kLanes> load_as(const BFloat16* address) {
-  const auto bits = __builtin_convertvector(load<Vector<uint16_t, kLanes>>(address),
-                                            Vector<uint32_t, kLanes>) << 16;
+  const auto bits =
+      __builtin_convertvector(load<Vector<uint16_t, kLanes>>(address), Vector<uint32_t, kLanes>)
+      << 16;
   return __builtin_convertvector(reinterpret_cast<Vector<float, kLanes>>(bits), Vector<T, kLanes>);
 }
 
@@ -86,7 +87,7 @@ inline Vector<T, kLanes> load_as(const Half* address) {
   } else
 #endif
 #if defined(__F16C__)
-  if constexpr (kLanes == 8) {
+      if constexpr (kLanes == 8) {
     wide = reinterpret_cast<Vector<float, kLanes>>(
         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(address))));
   } else if constexpr (kLanes == 4) {
@@ -164,10 +165,10 @@ struct SumOfSquares {
     if constexpr (kLanes == kDoubleLanes) {
       low += value * value;
     } else {
-      const auto first = __builtin_convertvector(
-          (lanes_from<0, T, kLanes>(value, Offsets())), Doubles);
-      const auto second = __builtin_convertvector(
-          (lanes_from<kDoubleLanes, T, kLanes>(value, Offsets())), Doubles);
+      const auto first =
+          __builtin_convertvector((lanes_from<0, T, kLanes>(value, Offsets())), Doubles);
+      const auto second =
+          __builtin_convertvector((lanes_from<kDoubleLanes, T, kLanes>(value, Offsets())), Doubles);
       low += first * first;
       high += second * second;
     }

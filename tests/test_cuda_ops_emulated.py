@@ -1,0 +1,45 @@
+"""The CUDA library without a GPU: its argument checks, its tables, its choice of kernels and the kernels,
+compiled for the host and called through torch's dispatcher on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cuda_source
+import pytest
+import torch
+
+pytest.register_assert_rewrite("cuda_parity")
+
+from cuda_parity import CudaParity  # noqa: E402
+
+import sbp_fast.ops  # noqa: E402, F401  (defines the ops that the library implements)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here: tests/gpu runs the real library instead")
+    folder = tmp_path_factory.mktemp("emulated")
+    objects = [folder / f"{source.stem}.o" for source in cuda_source.SOURCES]
+    flags = ["-O0", "-fPIC", "-fvisibility=hidden", "-c"]
+    cuda_source.run_all(
+        [
+            cuda_source.for_host(source, target, flags)
+            for source, target in zip(cuda_source.SOURCES, objects, strict=True)
+        ]
+    )
+    library: Path = folder / "libsbp_fast_cuda_emulated.so"
+    cuda_source.run_all([cuda_source.library_of(objects, library)])
+    torch.ops.load_library(str(library))
+
+
+class TestEmulated(CudaParity):
+    device = "cpu"
+
+    def call(self, name: str, *arguments: Any) -> None:
+        # CPU tensors would go to the CPU kernels: this asks for what is registered for CUDA.
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        getattr(torch.ops.sbp_fast, name).default.redispatch(keys, *arguments)

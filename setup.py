@@ -33,6 +33,9 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 # The oldest torch whose stable ABI the libraries ask for: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
+# Messages name csrc/..., not where the package happened to be built.
+PREFIX_MAP = f"-fmacro-prefix-map={ROOT}/="
+
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 INSTRUCTION_SETS = {
@@ -94,7 +97,7 @@ def cpu_library() -> Library:
     library = Library(
         compiler=host_compiler(),
         flags=common_flags(torch)
-        + " -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+        + f" -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {PREFIX_MAP}"
         + (" -DSBP_FAST_X86" if x86 else ""),
         link_flags=f"-shared -L{torch / 'lib'} -Wl,-rpath,'$$ORIGIN' -ltorch_cpu -lc10",
     )
@@ -134,9 +137,9 @@ def cuda_library() -> Library:
     return Library(
         compiler=str(nvcc),
         flags=f"{common_flags(torch)} -DUSE_CUDA -ccbin {host_compiler()} --threads 0 "
-        f"-Xcompiler=-fPIC,-fvisibility=hidden {architectures}",
-        link_flags=f"-shared -cudart static -ccbin {host_compiler()} -L. -L{torch / 'lib'} "
-        "-Xlinker=--no-as-needed -ltorch_cuda -Xlinker=--as-needed -ltorch_cpu -lc10",
+        f"-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,{PREFIX_MAP} {architectures}",
+        link_flags=f"-shared -cudart static -ccbin {host_compiler()} -Xlinker=--exclude-libs,ALL "
+        f"./{stand_in.stem}.so -L{torch / 'lib'} -ltorch_cpu -lc10",
         sources={str(path): "" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
         link_stand_in=(host_compiler(), str(stand_in)),
     )

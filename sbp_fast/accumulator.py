@@ -15,7 +15,7 @@ from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .forward import Forward, backward_context
 from .gradients import Accumulators, Finaliser, GradientHooks
 from .large_batch import LargeBatch
-from .loss import Shares, read_contract
+from .loss import Shares, Weight, read_contract
 from .memory.peak import PeakMeter
 from .ops import resolve
 from .result import StepResult
@@ -78,6 +78,8 @@ class StreamedAccumulator:
     ) -> None:
         options.check_model(model)
         options.check_optimizer(optimizer)
+        options.check_loss_fn(loss_fn)
+        options.check_grad_scaler(grad_scaler)
         options.check_memory_budget(memory_budget)
         options.check_choice("batch_norm", batch_norm)
         options.check_choice("dropout", dropout)
@@ -112,7 +114,7 @@ class StreamedAccumulator:
         A loss or gradient that is not finite makes no update: the step is skipped,
         ``result.skipped`` is True, and parameters, buffers, optimizer state and ``p.grad`` are as they
         were. To decide that, the device is waited for once, after the last micro-batch. An exception
-        leaves all of them as they were, too.
+        leaves all of them as they were, too, unless the optimizer itself raised half way.
 
         Args:
             inputs: tensors of shape ``(samples, ...)``, alone or in dicts, tuples and lists, on host,
@@ -170,7 +172,7 @@ class StreamedAccumulator:
             shares, Accumulators(self._parameters, backend=self._backend), PeakMeter(self._device)
         )
         assert self._hooks is not None
-        with self._hooks.delivering_to(large_batch.accumulators.add):
+        with torch.enable_grad(), self._hooks.delivering_to(large_batch.accumulators.add):
             for arrival in stream_to(self._device, micro_batches, self._ring):
                 if arrival.is_last:
                     large_batch.accumulators.observe()
@@ -181,8 +183,9 @@ class StreamedAccumulator:
         self, inputs: PyTree | Iterable[Any], targets: PyTree
     ) -> tuple[Iterable[MicroBatch], Shares]:
         shares = Shares(self._contract)
+        size = self._micro_batch_size
         if not is_stream(inputs):
-            micro_batches = split(inputs, targets, self._micro_batch_size)
+            micro_batches = split(inputs, targets, size, with_targets=self._has_targets)
             shares.announce(micro_batches)
             return micro_batches, shares
         if targets is not None:
@@ -190,10 +193,7 @@ class StreamedAccumulator:
                 "targets were given beside an iterable of micro-batches; let the iterable yield pairs "
                 "(inputs, targets)"
             )
-        return (
-            split_stream(inputs, self._micro_batch_size, with_targets=self._has_targets),
-            shares,
-        )
+        return split_stream(inputs, size, with_targets=self._has_targets), shares
 
     def _compute(self, micro_batch: MicroBatch, large_batch: LargeBatch) -> None:
         """One micro-batch, forward and backward, with its share of the large batch."""
@@ -203,7 +203,7 @@ class StreamedAccumulator:
             return
         loss = self._forward.loss(micro_batch)
         if isinstance(share, Tensor):
-            loss = torch.where(share > 0, loss, 0.0)
+            loss = loss.masked_fill(share <= 0, 0.0)
         large_batch.add_loss(loss, share)
         # A share seeds the backward pass, so that gradients arrive ready to be kept. A loss in 16 bits
         # would round it: then it scales the gradients as they are added, in the accumulators' precision.
@@ -213,7 +213,7 @@ class StreamedAccumulator:
         if self._grad_scaler is not None:
             loss = self._grad_scaler.scale(loss)
         with backward_context(self._device.type):
-            loss.backward(torch.as_tensor(share, dtype=loss.dtype, device=loss.device))
+            loss.backward(_seed(share, loss))
         large_batch.accumulators.flush()
 
     def _finalise(self, large_batch: LargeBatch) -> None:
@@ -221,11 +221,24 @@ class StreamedAccumulator:
         sums = large_batch.accumulators.finish()
         scale = large_batch.close(self._grad_scaler)
         self._finaliser.write(self._parameters, sums, scale, large_batch.grad_norm)
+        self._finaliser.check_narrowed(self._parameters, large_batch.accumulators.statistics)
 
     def _update(self, skipped: bool) -> None:
-        if self._grad_scaler is not None:
-            # The scaler finds an overflow by itself, skips, and lowers its scale.
-            self._grad_scaler.step(self._optimizer)
-            self._grad_scaler.update()
-        elif not skipped:
-            self._optimizer.step()
+        scaler = self._grad_scaler
+        if scaler is None:
+            if not skipped:
+                self._optimizer.step()
+            return
+        if skipped:
+            # Shows the scaler the gradient, so that it lowers its scale if that overflowed.
+            scaler.unscale_(self._optimizer)
+        else:
+            scaler.step(self._optimizer)
+        scaler.update()
+
+
+def _seed(share: Weight, loss: Tensor) -> Tensor:
+    """The share as the gradient of the loss, made without a copy from the host: that would wait."""
+    if isinstance(share, Tensor):
+        return share.to(loss.dtype)
+    return torch.full_like(loss, share)

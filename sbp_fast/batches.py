@@ -35,14 +35,30 @@ def is_stream(inputs: PyTree) -> bool:
     )
 
 
-def split(inputs: PyTree, targets: PyTree, micro_batch_size: int) -> list[MicroBatch]:
+def split(
+    inputs: PyTree, targets: PyTree, micro_batch_size: int, *, with_targets: bool
+) -> list[MicroBatch]:
     """Cuts a large batch into pieces of ``micro_batch_size`` samples; the last one may be smaller.
 
     Pieces are views wherever memory allows, so nothing is copied here.
 
+    Args:
+        with_targets: there is a ``loss_fn``, so there must be targets; otherwise there must be none.
+
     Raises:
-        ValueError: no samples, or leaves that disagree about how many samples there are.
+        ValueError: no samples, leaves that disagree about how many samples there are, targets that are
+            missing or that nobody would look at.
     """
+    if with_targets and targets is None:
+        raise ValueError(
+            "targets are None although there is a loss_fn; pass targets, or loss_fn=None for a model "
+            "that returns its own loss"
+        )
+    if not with_targets and targets is not None:
+        raise ValueError(
+            f"targets are a {type(targets).__name__} although loss_fn is None; put them into the inputs "
+            "(as labels, say) of the model that returns its own loss"
+        )
     inputs, targets = _plain(inputs), _plain(targets)
     samples = count_samples(inputs, targets)
     return [
@@ -78,7 +94,7 @@ def split_stream(
                 f"item {position} of the stream of micro-batches is a {type(item).__name__}; "
                 "it must be a pair (inputs, targets), since there is a loss_fn"
             )
-        yield from split(inputs, targets, micro_batch_size)
+        yield from split(inputs, targets, micro_batch_size, with_targets=with_targets)
     if empty:
         raise ValueError(
             "the stream of micro-batches is empty; a large batch needs at least one sample "

@@ -25,16 +25,10 @@ class Forward:
         """The loss of one micro-batch, with its graph; no dimensions.
 
         Raises:
-            ValueError: the loss is no scalar, does not depend on a trainable parameter, or targets are
-                missing.
+            ValueError: the loss is no scalar, or does not depend on a trainable parameter.
             TypeError: the loss is no tensor.
         """
-        if self.loss_fn is not None and micro_batch.targets is None:
-            raise ValueError(
-                "targets are None although there is a loss_fn; pass targets, or loss_fn=None for a "
-                "model that returns its own loss"
-            )
-        with torch.enable_grad(), self.autocast():
+        with self.autocast():
             outputs = _call(self.model, micro_batch.inputs)
             if self.loss_fn is None:
                 loss = _own_loss(outputs)

@@ -13,7 +13,7 @@ defines it, over the square root of its number of samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Shares:
 
     def __init__(self, contract: LossContract) -> None:
         self._contract = contract
+        self._announced: Iterator[Weight] = iter(())
         self._divisor: Weight | None = None
         self._total: Weight = 0.0
         self.samples = 0
@@ -65,16 +66,16 @@ class Shares:
         Raises:
             ValueError: the weights add up to nothing.
         """
-        total: Weight = 0.0
-        for micro_batch in micro_batches:
-            total = total + self._weigh(micro_batch)
+        weights = [self._weigh(micro_batch) for micro_batch in micro_batches]
+        self._announced = iter(weights)
         self._divisor = self._divide_by(
-            total, sum(micro_batch.samples for micro_batch in micro_batches)
+            sum(weights), sum(micro_batch.samples for micro_batch in micro_batches)
         )
 
     def take(self, micro_batch: MicroBatch) -> Weight:
         """The share of the next micro-batch, and its entry in the totals."""
-        weight = self._weigh(micro_batch)
+        announced = next(self._announced, None)
+        weight = self._weigh(micro_batch) if announced is None else announced
         if self._divisor is None:
             # A first piece that weighs nothing (all targets ignored) cannot be the unit.
             unit = weight if isinstance(weight, Tensor) or weight > 0 else 1.0
@@ -201,8 +202,9 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
         weigh: Weigh
         if kind in _CLASS_MODULES:
             assert isinstance(loss_fn, _CLASS_MODULES)
-            weigh = functools.partial(
-                _class_weight, class_weights=loss_fn.weight, ignore_index=loss_fn.ignore_index
+            # Read each time: the weights may be replaced or moved after today.
+            weigh = _ClassWeight(
+                functools.partial(getattr, loss_fn, "weight"), loss_fn.ignore_index
             )
         elif kind in _ELEMENT_MODULES:
             weigh = _count_elements if loss_fn.reduction != "batchmean" else _count_samples
@@ -218,10 +220,9 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
     reduction = str(keywords.get("reduction", "mean"))
     name = getattr(function, "__name__", "")
     if function in _CLASS_FUNCTIONS:
-        weigh = functools.partial(
-            _class_weight,
-            class_weights=keywords.get("weight"),
-            ignore_index=int(keywords.get("ignore_index", IGNORE_INDEX)),
+        weigh = _ClassWeight(
+            functools.partial(keywords.get, "weight"),
+            int(keywords.get("ignore_index", IGNORE_INDEX)),
         )
         return _Known(name, reduction, weigh)
     if function in _ELEMENT_FUNCTIONS:
@@ -246,19 +247,34 @@ def _count_tokens(micro_batch: MicroBatch) -> Weight:
     return _total((_as_tensor(tree, "normalization='tokens'") != IGNORE_INDEX).sum())
 
 
-def _class_weight(
-    micro_batch: MicroBatch, class_weights: Tensor | None, ignore_index: int
-) -> Weight:
-    targets = _target_tensor(micro_batch)
-    if targets.is_floating_point():
-        # Class probabilities, shape (samples, classes, ...): torch divides by the number of positions.
-        return float(targets.numel() // targets.shape[1]) if targets.ndim > 1 else 1.0
-    counted = targets != ignore_index
-    if class_weights is None:
-        return _total(counted.sum())
-    weights = class_weights.to(device=targets.device, dtype=torch.float64)
-    # ignore_index may lie outside the classes.
-    return _total((weights[torch.where(counted, targets, 0)] * counted).sum())
+class _ClassWeight:
+    """The denominator of cross entropy: the class weights of all targets that are not ignored."""
+
+    def __init__(self, class_weights: Callable[[], Tensor | None], ignore_index: int) -> None:
+        self._class_weights = class_weights
+        self._ignore_index = ignore_index
+        self._copies: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
+
+    def __call__(self, micro_batch: MicroBatch) -> Weight:
+        targets = _target_tensor(micro_batch)
+        if targets.is_floating_point():
+            # Class probabilities, (samples, classes, ...): torch divides by the number of positions.
+            return float(targets.numel() // targets.shape[1])
+        counted = targets != self._ignore_index
+        class_weights = self._class_weights()
+        if class_weights is None:
+            return _total(counted.sum())
+        weights = self._weights_on(class_weights, targets.device)
+        # ignore_index may lie outside the classes.
+        return _total((weights[torch.where(counted, targets, 0)] * counted).sum())
+
+    def _weights_on(self, class_weights: Tensor, device: torch.device) -> Tensor:
+        # Kept, because weights on a device and targets on the host would mean a wait each time.
+        source, version, copy = self._copies.get(device, (None, -1, class_weights))
+        if source is not class_weights or version != class_weights._version:
+            copy = class_weights.detach().to(device=device, dtype=torch.float64)
+            self._copies[device] = (class_weights, class_weights._version, copy)
+        return copy
 
 
 def _declared_weight(normalization: Callable[[PyTree], Weight], micro_batch: MicroBatch) -> Weight:

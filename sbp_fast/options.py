@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from .batches import PyTree
 from .ops import BACKENDS
@@ -46,7 +47,7 @@ def check_choice(name: str, value: Any) -> None:
         ValueError: the value is unknown.
     """
     later = _NOT_YET.get(name, {})
-    if value in later:
+    if isinstance(value, Hashable) and value in later:
         raise NotImplementedError(f"{name}={value!r} is not available yet; pass {later[value]}")
     allowed = _ALLOWED[name]
     if value not in allowed:
@@ -142,9 +143,24 @@ def warn_about_batch_norm(model: nn.Module) -> None:
     if layers:
         warnings.warn(
             f"{len(layers)} batch norm layers ({layers[0]!r} first) use each micro-batch's own "
-            "statistics, as batch_norm='micro_batch' says: the step depends on micro_batch_size. Group or "
-            "layer norm does not, nor does batch norm in eval mode",
+            "statistics, as batch_norm='micro_batch' says: the step depends on micro_batch_size. Group "
+            "or layer norm does not, nor does batch norm in eval mode",
             stacklevel=3,
+        )
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is {loss_fn!r}; it must be callable as loss_fn(outputs, targets), or None for a model "
+            "that returns its own loss"
+        )
+
+
+def check_grad_scaler(grad_scaler: Any) -> None:
+    if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
+        raise TypeError(
+            f"grad_scaler is {grad_scaler!r}; it must be a torch.amp.GradScaler, or None"
         )
 
 

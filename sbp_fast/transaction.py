@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+# A buffer up to this size is copied at every step. Above it (a causal mask, a queue) only when its
+# version says that it has changed. The version is not enough for all, because batch norm's kernels
+# update running statistics without raising it.
+_SMALL_BYTES = 1 << 20
+
 
 class Transaction:
     """A context that begins by clearing ``p.grad`` and, left by an exception, changes nothing.
 
     Gradients are set aside, not copied: nobody writes to them during the step. Buffers (running
-    statistics, say) are copied, into memory kept from step to step, and only when they have changed
-    since the last copy.
+    statistics, say) are copied, into memory kept from step to step.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Parameter]) -> None:
@@ -25,10 +29,7 @@ class Transaction:
         self._gradients: list[Tensor | None] = []
 
     def __enter__(self) -> Transaction:
-        for module in self._owners:
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._copy(module, name, buffer)
+        self._copy_buffers()
         self._gradients = [parameter.grad for parameter in self._parameters]
         self.clear_gradients()
         return self
@@ -53,15 +54,24 @@ class Transaction:
             parameter.grad = gradient
         for (module, name), copy in self._copies.items():
             module._buffers[name] = copy.buffer
-            if copy.version != copy.buffer._version:
-                copy.give_back()
+        changed = [copy for copy in self._copies.values() if copy.may_differ()]
+        _copy_all([copy.buffer for copy in changed], [copy.contents for copy in changed])
+        for copy in changed:
+            copy.version = copy.buffer._version
 
-    def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> None:
-        copy = self._copies.get((module, name))
-        if copy is None or copy.buffer is not buffer:
-            self._copies[module, name] = _BufferCopy(buffer)
-        elif copy.version != buffer._version:
-            copy.take()
+    def _copy_buffers(self) -> None:
+        stale = []
+        for module in self._owners:
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                copy = self._copies.get((module, name))
+                if copy is None or copy.buffer is not buffer:
+                    self._copies[module, name] = _BufferCopy(buffer)
+                elif copy.may_differ():
+                    stale.append(copy)
+                    copy.version = buffer._version
+        _copy_all([copy.contents for copy in stale], [copy.buffer for copy in stale])
 
 
 class _BufferCopy:
@@ -72,12 +82,11 @@ class _BufferCopy:
         self.contents = buffer.detach().clone()
         self.version = buffer._version
 
-    @torch.no_grad()
-    def take(self) -> None:
-        self.contents.copy_(self.buffer)
-        self.version = self.buffer._version
+    def may_differ(self) -> bool:
+        return self.buffer.nbytes <= _SMALL_BYTES or self.version != self.buffer._version
 
-    @torch.no_grad()
-    def give_back(self) -> None:
-        self.buffer.copy_(self.contents)
-        self.version = self.buffer._version
+
+@torch.no_grad()
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

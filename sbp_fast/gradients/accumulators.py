@@ -36,8 +36,8 @@ class _Bucket:
 class Accumulators:
     """Sums gradients over micro-batches, ``G = sum of G_i``, in place and one bucket at a time.
 
-    The first gradient of a parameter becomes its accumulator where the dtypes agree, so nothing is
-    zeroed, allocated or copied for it. At most one bucket of gradients is alive beside the
+    The first gradient of a parameter becomes its accumulator where dtype and ownership allow it, so
+    nothing is zeroed, allocated or copied for it. At most one bucket of gradients is alive beside the
     accumulators.
 
     Every gradient counts :attr:`scale` times; set it between flushes.
@@ -85,7 +85,11 @@ class Accumulators:
             self._observed[index] = True
         if total is not None:
             bucket.additions.append((total, gradient))
-        elif self.scale == 1.0 and gradient.dtype == accumulator_dtype(gradient.dtype):
+        elif (
+            self.scale == 1.0
+            and gradient.dtype == accumulator_dtype(gradient.dtype)
+            and _owns_its_memory(gradient)
+        ):
             self._sums[index] = gradient
             if not self._observing:
                 return
@@ -135,6 +139,16 @@ class Accumulators:
             if total is not None and not observed
         ]
         ops.gradient_statistics_(unseen, self.statistics, backend=self._backend)
+
+
+def _owns_its_memory(gradient: Tensor) -> bool:
+    """False where another tensor is a view of the same memory: of ``a + b.view_as(a)``, both gradients.
+
+    Autograd hands such gradients out as they are; to add to one would change the other.
+    """
+    storage = gradient.untyped_storage()
+    # Two owners: the gradient, and the Python object in the line above.
+    return torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
 def _bucket_bytes(device: torch.device) -> int:

@@ -63,6 +63,15 @@ class Finaliser:
                 del source
         self._write_group(outputs, sources, scale, norm if clips else None)
 
+    def check_narrowed(self, parameters: Sequence[Parameter], statistics: Tensor) -> None:
+        """Sets ``statistics[2]`` where a finite sum has become infinite in float16, whose range is small."""
+        narrowed = [
+            parameter.grad
+            for parameter in parameters
+            if parameter.grad is not None and parameter.dtype == torch.float16
+        ]
+        ops.gradient_statistics_(narrowed, statistics, backend=self.backend)
+
     def _write_group(
         self,
         outputs: list[Tensor],

@@ -34,10 +34,13 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "finalise_": checks.check_finalise,
 }
 
+# Not in CUDA graphs: a replay would read a table of addresses that belongs to somebody else by then.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
 library = torch.library.Library(NAMESPACE, "DEF")
 
 for _name, _arguments in _ARGUMENTS.items():
     for _overload in OVERLOADS:
         _qualified = f"{_name}.{_overload}" if _overload else _name
-        library.define(_qualified + _arguments, tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(_qualified + _arguments, tags=_TAGS)
         torch.library.register_fake(f"{NAMESPACE}::{_qualified}", _FAKES[_name], lib=library)

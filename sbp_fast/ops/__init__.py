@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import BACKENDS, BackendUnavailableError, availability, operator, resolve
 from .checks import STATISTICS_SIZE
@@ -68,6 +69,7 @@ def scale_accumulate_(
     _operator("scale_accumulate_", backend, accumulators or gradients)(
         accumulators, gradients, scale, first_write, statistics
     )
+    _count_as_written(accumulators, statistics)
 
 
 def gradient_statistics_(
@@ -88,6 +90,7 @@ def gradient_statistics_(
     if not gradients:
         return
     _operator("gradient_statistics_", backend, gradients)(gradients, statistics)
+    _count_as_written((), statistics)
 
 
 def finalise_(
@@ -126,9 +129,19 @@ def finalise_(
     _operator("finalise_", backend, outputs or accumulators)(
         outputs, accumulators, scale, norm, max_norm
     )
+    _count_as_written(outputs, None)
 
 
 def _operator(name: str, backend: str, tensors: Sequence[Tensor]) -> torch._ops.OpOverload:
     if backend == "auto":
         backend = os.environ.get("SBP_FAST_BACKEND", "auto")
     return operator(name, backend, tensors[0].device.type)
+
+
+def _count_as_written(tensors: Sequence[Tensor], statistics: Tensor | None) -> None:
+    """Lets autograd see the writes: a backward that saved one of these tensors must refuse to use it."""
+    if torch.compiler.is_compiling():  # the compiler follows the schema by itself
+        return
+    increment_version(tensors)
+    if statistics is not None:
+        increment_version(statistics)

@@ -80,9 +80,17 @@ def _resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-@cache
 def operator(name: str, backend: str, device_type: str) -> torch._ops.OpOverload:
     """The op ``sbp_fast::name`` in the overload that implements ``backend``."""
-    packet = getattr(torch.ops.sbp_fast, name)
-    overload: torch._ops.OpOverload = getattr(packet, _OVERLOAD[resolve(backend, device_type)])
+    overload: torch._ops.OpOverload = getattr(
+        getattr(torch.ops.sbp_fast, name), _overload_name(backend, device_type)
+    )
     return overload
+
+
+def _overload_name(backend: str, device_type: str) -> str:
+    return _OVERLOAD[resolve(backend, device_type)]
+
+
+# What torch.compiler.assume_constant_result sets; but that imports the compiler, and takes seconds.
+_overload_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -44,3 +44,6 @@ for _name, _arguments in _ARGUMENTS.items():
         _qualified = f"{_name}.{_overload}" if _overload else _name
         library.define(_qualified + _arguments, tags=_TAGS)
         torch.library.register_fake(f"{NAMESPACE}::{_qualified}", _FAKES[_name], lib=library)
+    # Without a kernel for sparse tensors the dispatcher would answer with pages; the checks refuse them.
+    for _key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
+        library.impl(_name, _FAKES[_name], _key)

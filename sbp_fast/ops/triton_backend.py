@@ -85,7 +85,6 @@ def scale_accumulate_(
             )
         _add_partials(kernels, partials, statistics)
         pairs.copy_back()
-    torch.autograd.graph.increment_version(accumulators)
 
 
 def gradient_statistics_(gradients: Sequence[Tensor], statistics: Tensor) -> None:
@@ -145,7 +144,6 @@ def finalise_(
                 **_options(kernels),
             )
         pairs.copy_back()
-    torch.autograd.graph.increment_version(outputs)
 
 
 @functools.cache
@@ -324,7 +322,6 @@ def _new_partials(kernels: ModuleType, like: Tensor, chunks: int) -> Tensor:
 def _add_partials(kernels: ModuleType, partials: Tensor, statistics: Tensor | None) -> None:
     if statistics is not None and len(partials):
         kernels.add_statistics[(1,)](partials, statistics, len(partials), **_options(kernels))
-        torch.autograd.graph.increment_version(statistics)
 
 
 for _name, _function in {

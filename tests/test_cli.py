@@ -1,0 +1,74 @@
+"""The commands, and what `doctor` says of backends that are there, missing or wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from torch import Tensor
+
+from sbp_fast.cli import doctor, main
+from sbp_fast.ops import BACKENDS, availability
+
+
+def test_doctor_judges_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    section = printed[printed.index("Backends (one real step") :].splitlines()
+    for name in BACKENDS[1:]:
+        line = next(line for line in section if line.split()[:1] == [name])
+        usable, reason = availability(name)
+        if usable:
+            assert line.split()[1] == "ok"
+            assert "relative difference" in line
+        else:
+            assert line.split()[1] == "missing"
+            assert reason in line
+
+
+def test_doctor_finds_a_wrong_backend(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = doctor._one_step
+
+    def slightly_wrong(backend: str, device: str) -> Tensor:
+        parameters = one_step(backend, device)
+        return parameters * 1.001 if backend == "cpu" else parameters
+
+    if not availability("cpu").usable:
+        pytest.skip(f"backend cpu: {availability('cpu').reason}")
+    monkeypatch.setattr(doctor, "_one_step", slightly_wrong)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed
+    assert "SBP_FAST_BACKEND=reference" in printed
+
+
+def test_commands_run_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "sbp_fast", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("doctor", "demo", "bench"):
+        assert command in run.stdout
+
+
+def test_unknown_command_is_named() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "sbp_fast", "paln"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "paln" in run.stderr
+
+
+def test_importing_the_package_loads_no_heavy_extras() -> None:
+    code = (
+        "import sys, sbp_fast; "
+        "print([m for m in ('matplotlib', 'tqdm', 'triton', 'torch._dynamo') if m in sys.modules])"
+    )
+    bare = "import sys, torch; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
+    with_package = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    with_torch = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True)
+    assert with_package.stdout == with_torch.stdout, with_package.stderr
+
+

@@ -100,7 +100,6 @@ class StreamedAccumulator:
         self._grad_scaler = grad_scaler
         self._ring = PinnedRing(self._device) if self._device.type == "cuda" else None
         self._finaliser = Finaliser(self._backend, options.check_max_grad_norm(max_grad_norm))
-        self._all_parameters = list(model.parameters())
         self._parameters: list[nn.Parameter] = []
         self._hooks: GradientHooks | None = None
         self._watch_parameters()
@@ -132,6 +131,8 @@ class StreamedAccumulator:
             self._finalise(large_batch)
             skipped = large_batch.is_broken()
             self._update(skipped)
+            # An autocast context of the caller's would go on with copies of the old parameters.
+            torch.clear_autocast_cache()
             if skipped:
                 transaction.roll_back()
             else:
@@ -154,8 +155,8 @@ class StreamedAccumulator:
             return large_batch.result(skipped=False)
 
     def _watch_parameters(self) -> None:
-        """Hooks whatever is trainable now: layers may be frozen and unfrozen between steps."""
-        trainable = [p for p in self._all_parameters if p.requires_grad]
+        """Hooks whatever is trainable now: layers may come, be frozen and unfrozen between steps."""
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
         if len(trainable) == len(self._parameters) and all(map(is_, trainable, self._parameters)):
             return
         options.check_model(self._model)
@@ -167,6 +168,7 @@ class StreamedAccumulator:
 
     def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
+        options.check_gradients_possible()
         micro_batches, shares = self._split(inputs, targets)
         large_batch = LargeBatch(
             shares, Accumulators(self._parameters, backend=self._backend), PeakMeter(self._device)
@@ -206,14 +208,15 @@ class StreamedAccumulator:
             loss = loss.masked_fill(share <= 0, 0.0)
         large_batch.add_loss(loss, share)
         # A share seeds the backward pass, so that gradients arrive ready to be kept. A loss in 16 bits
-        # would round it: then it scales the gradients as they are added, in the accumulators' precision.
-        if loss.dtype in (torch.bfloat16, torch.float16) and not isinstance(share, Tensor):
-            large_batch.accumulators.scale = share
-            share = 1.0
+        # would round it: then it scales the gradients as they are added, in the accumulators' precision
+        # (a share on the device must be read for that).
+        narrow = loss.dtype in (torch.bfloat16, torch.float16)
+        large_batch.accumulators.scale = float(share) if narrow else 1.0
+        seed = 1.0 if narrow else share
         if self._grad_scaler is not None:
             loss = self._grad_scaler.scale(loss)
         with backward_context(self._device.type):
-            loss.backward(_seed(share, loss))
+            loss.backward(_as_gradient(seed, loss))
         large_batch.accumulators.flush()
 
     def _finalise(self, large_batch: LargeBatch) -> None:
@@ -237,8 +240,8 @@ class StreamedAccumulator:
         scaler.update()
 
 
-def _seed(share: Weight, loss: Tensor) -> Tensor:
-    """The share as the gradient of the loss, made without a copy from the host: that would wait."""
-    if isinstance(share, Tensor):
-        return share.to(loss.dtype)
-    return torch.full_like(loss, share)
+def _as_gradient(seed: Weight, loss: Tensor) -> Tensor:
+    """The seed as a gradient of the loss, made without a copy from the host: that would wait."""
+    if isinstance(seed, Tensor):
+        return seed.to(loss.dtype)
+    return torch.full_like(loss, seed)

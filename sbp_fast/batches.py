@@ -144,9 +144,14 @@ def has_samples(leaf: Any) -> bool:
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor over a NumPy array's rows; copied where the array cannot be written (memory maps)."""
-    if isinstance(array, np.memmap) or not array.flags.writeable:
-        array = np.array(array)
+    """A tensor over a NumPy array's rows. Copied where the array cannot be written (memory maps) or
+    runs backwards, neither of which a tensor can."""
+    if (
+        not array.flags.writeable
+        or isinstance(array, np.memmap)
+        or min(array.strides, default=0) < 0
+    ):
+        array = np.array(array, order="C")
     return torch.from_numpy(array)
 
 

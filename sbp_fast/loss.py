@@ -217,6 +217,9 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
     function = loss_fn
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         function, keywords = loss_fn.func, loss_fn.keywords
+    if "size_average" in keywords or "reduce" in keywords:
+        # The deprecated pair overrules reduction in ways of its own: to be declared.
+        return None
     reduction = str(keywords.get("reduction", "mean"))
     name = getattr(function, "__name__", "")
     if function in _CLASS_FUNCTIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def check_micro_batch_size(value: Any) -> int:
         raise NotImplementedError(
             f"micro_batch_size='auto' is not available yet; pass {_NOT_YET['micro_batch_size'][value]}"
         )
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"micro_batch_size is {value!r}; it must be an int, the number of samples computed at once"
         )
@@ -71,7 +72,7 @@ def check_micro_batch_size(value: Any) -> int:
         raise ValueError(
             f"micro_batch_size is {value}; it must be at least 1, the number of samples computed at once"
         )
-    return value
+    return int(value)
 
 
 def check_memory_budget(value: Any) -> None:
@@ -149,11 +150,19 @@ def warn_about_batch_norm(model: nn.Module) -> None:
         )
 
 
+def check_gradients_possible() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a step under torch.inference_mode() has no gradients; leave that context first "
+            "(torch.no_grad() is no obstacle)"
+        )
+
+
 def check_loss_fn(loss_fn: Any) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(
-            f"loss_fn is {loss_fn!r}; it must be callable as loss_fn(outputs, targets), or None for a model "
-            "that returns its own loss"
+            f"loss_fn is {loss_fn!r}; it must be callable as loss_fn(outputs, targets), or None for "
+            "a model that returns its own loss"
         )
 
 

@@ -26,3 +26,18 @@ STEP: dict[torch.dtype, float] = {
     # is on the distance to the float64 oracle, which the large batch itself in bfloat16 has too.
     torch.bfloat16: 5e-2,
 }
+
+# A parameter's gradient below this part of the norm of all gradients has nearly cancelled: its error is
+# measured against this part instead, because it has the rounding errors of the terms that cancelled.
+VANISHING = 1e-3
+
+# Parameters after 20 optimizer steps: every step starts from the last one's error. Momentum passes
+# it on; Adam divides small gradients by their own size, so errors of all magnitudes count fully.
+TRAJECTORY: dict[torch.dtype, float] = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+}
+
+# A gradient read off as the difference that a float32 step made to the parameters: the difference has the
+# rounding errors of parameters and update, 6e-8 each, over a step that is a tenth of the parameters.
+MOVED = 1e-5

@@ -64,7 +64,7 @@ class Finaliser:
         self._write_group(outputs, sources, scale, norm if clips else None)
 
     def check_narrowed(self, parameters: Sequence[Parameter], statistics: Tensor) -> None:
-        """Sets ``statistics[2]`` where a finite sum has become infinite in float16, whose range is small."""
+        """Sets ``statistics[2]`` where a finite sum became infinite in float16, whose range is small."""
         narrowed = [
             parameter.grad
             for parameter in parameters

@@ -6,6 +6,7 @@ Every check runs before the first element is written: a refused call changes not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def check_separate(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         for index, tensor in enumerate(tensors)
         if tensor.is_contiguous() and tensor.numel() > 0
     )
-    for (_, end, index), (begin, _, following) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, index), (begin, _, following) in pairwise(ranges):
         if begin < end:
             one, other = sorted((index, following))
             raise RuntimeError(

@@ -35,7 +35,6 @@ template <bool kFirstWrite, bool kStatistics, bool kStreaming, typename accumula
 ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_data, int64_t count,
                                  double scale_value) {
   constexpr int kLanes = kLanesOf<accumulator_t>;
-  constexpr int kUnroll = 4;
   using V = Vector<accumulator_t, kLanes>;
   auto* accumulator = static_cast<accumulator_t*>(accumulator_data);
   const auto* gradient = static_cast<const gradient_t*>(gradient_data);
@@ -53,9 +52,10 @@ ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_da
     count -= head;
   }
 
-  SumOfSquares<accumulator_t, kLanes> squares_in[kUnroll], squares_result[kUnroll];
+  // Two of each, so that one addition need not wait for the one before.
+  SumOfSquares in_even, in_odd, result_even, result_odd;
   NonFinite<accumulator_t, kLanes> non_finite;
-  const auto step = [&](int64_t i, int slot) {
+  const auto step = [&](int64_t i, SumOfSquares& squares_in, SumOfSquares& squares_result) {
     const V incoming = load_as<accumulator_t, kLanes>(gradient + i);
     V result = scale * incoming;
     if constexpr (!kFirstWrite) result += load<V>(accumulator + i);
@@ -65,27 +65,25 @@ ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_da
       store(accumulator + i, result);
     }
     if constexpr (kStatistics) {
-      if constexpr (std::is_same_v<gradient_t, double>) {
-        squares_in[slot].add_exact(gradient + i);
+      if constexpr (std::is_same_v<gradient_t, double> && std::is_same_v<accumulator_t, float>) {
+        squares_in.add_exact(gradient + i);
       } else {
-        squares_in[slot].add(incoming);
+        squares_in.add(incoming);
       }
-      squares_result[slot].add(result);
+      squares_result.add(result);
       non_finite.add(result);
     }
   };
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int slot = 0; slot < kUnroll; ++slot) step(i + slot * kLanes, slot);
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    step(i, in_even, result_even);
+    step(i + kLanes, in_odd, result_odd);
   }
-  for (; i + kLanes <= count; i += kLanes) step(i, 0);
+  for (; i + kLanes <= count; i += kLanes) step(i, in_even, result_even);
   if constexpr (kStreaming) finish_streaming();
   if constexpr (kStatistics) {
-    for (int slot = 0; slot < kUnroll; ++slot) {
-      statistics.sum_squares_in += squares_in[slot].total();
-      statistics.sum_squares_result += squares_result[slot].total();
-    }
+    statistics.sum_squares_in += in_even.total() + in_odd.total();
+    statistics.sum_squares_result += result_even.total() + result_odd.total();
     statistics.non_finite |= non_finite.any();
   }
   accumulate_elements<kFirstWrite, kStatistics>(accumulator + i, gradient + i, count - i, scale,
@@ -98,22 +96,22 @@ template <typename gradient_t>
 ChunkStatistics statistics_chunk(const void* gradient_data, int64_t count) {
   using wide_t = std::conditional_t<std::is_same_v<gradient_t, double>, double, float>;
   constexpr int kLanes = kLanesOf<wide_t>;
-  constexpr int kUnroll = 4;
   const auto* gradient = static_cast<const gradient_t*>(gradient_data);
   ChunkStatistics statistics;
-  SumOfSquares<wide_t, kLanes> squares[kUnroll];
+  SumOfSquares even, odd;
   NonFinite<wide_t, kLanes> non_finite;
+  const auto step = [&](int64_t i, SumOfSquares& squares) {
+    const auto value = load_as<wide_t, kLanes>(gradient + i);
+    squares.add(value);
+    non_finite.add(value);
+  };
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int slot = 0; slot < kUnroll; ++slot) {
-      const auto value = load_as<wide_t, kLanes>(gradient + i + slot * kLanes);
-      squares[slot].add(value);
-      non_finite.add(value);
-    }
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    step(i, even);
+    step(i + kLanes, odd);
   }
-  double sum = 0.0;
-  for (int slot = 0; slot < kUnroll; ++slot) sum += squares[slot].total();
+  for (; i + kLanes <= count; i += kLanes) step(i, even);
+  double sum = even.total() + odd.total();
   statistics.non_finite = non_finite.any();
   for (; i < count; ++i) {
     const auto value = static_cast<wide_t>(gradient[i]);

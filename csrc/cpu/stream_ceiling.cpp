@@ -1,9 +1,9 @@
-// The memory bandwidth that the benchmarks measure kernels against: McCalpin's STREAM (copy, scale, add,
-// triad), with the two access patterns of this library that STREAM lacks: `update` reads and writes
-// one array and reads another, as accumulation does; `read` only reads.
+// The memory bandwidth that the benchmarks measure kernels against: McCalpin's STREAM (copy, scale,
+// add, triad), with the two access patterns of this library that STREAM lacks: `update` reads and
+// writes one array and reads another, as accumulation does; `read` only reads.
 //
-// J. D. McCalpin, "Memory Bandwidth and Machine Balance in Current High Performance Computers", IEEE
-// TCCA Newsletter, December 1995; https://www.cs.virginia.edu/stream/
+// J. D. McCalpin, "Memory Bandwidth and Machine Balance in Current High Performance Computers",
+// IEEE TCCA Newsletter, December 1995; https://www.cs.virginia.edu/stream/
 //
 // The op's schema is sbp_fast/bench/stream_ceiling.py's: it is no part of the library's interface.
 #include <torch/csrc/stable/library.h>
@@ -53,8 +53,8 @@ struct Update {
   }
 };
 
-// A kernel on elements [begin, end), a whole number of cache lines. kStreaming: the array written is
-// not read, so its lines need not be fetched.
+// A kernel on elements [begin, end), a whole number of cache lines. kStreaming: the array written
+// is not read, so its lines need not be fetched.
 template <typename Kernel, bool kStreaming>
 void write(const Arrays& arrays, int64_t begin, int64_t end) {
   for (int64_t line = begin; line < end; line += kLineElements) {
@@ -102,7 +102,8 @@ void check_array(const char* name, const TensorView& array, const TensorView& fi
                       array.numel == first.numel && array.numel % kLineElements == 0 &&
                       reinterpret_cast<uintptr_t>(array.const_data<char>()) % 64 == 0,
                   "_stream_kernel: ", name, " is a ", dtype_text(array.dtype), " tensor of ",
-                  array.numel, " elements; it must be torch.float32, contiguous, begin at a "
+                  array.numel,
+                  " elements; it must be torch.float32, contiguous, begin at a "
                   "multiple of 64 bytes and have as many elements as a, a multiple of ",
                   kLineElements);
 }
@@ -119,7 +120,8 @@ void stream_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Arrays arrays{a.mutable_data<float>(), b.const_data<float>(), c.const_data<float>(), scale};
   const int64_t elements = a.numel;
 
-  // Pieces go to threads as they come free, as in ops.cpp: a thread that is held up holds up no other.
+  // Pieces go to threads as they come free, as in ops.cpp: a thread that is held up holds up no
+  // other.
   std::atomic<int64_t> next{0};
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -69,12 +68,29 @@ inline Vector<T, kLanes> load_as(const S* address) {
   return __builtin_convertvector(load<Vector<S, kLanes>>(address), Vector<T, kLanes>);
 }
 
+// GCC takes __builtin_convertvector between widths apart into quarters; where that would be felt,
+// the instruction is named.
 template <typename T, int kLanes>
 inline Vector<T, kLanes> load_as(const BFloat16* address) {
-  const auto bits =
-      __builtin_convertvector(load<Vector<uint16_t, kLanes>>(address), Vector<uint32_t, kLanes>)
-      << 16;
-  return __builtin_convertvector(reinterpret_cast<Vector<float, kLanes>>(bits), Vector<T, kLanes>);
+  using Bits = Vector<uint32_t, kLanes>;
+  Bits bits;
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    bits = reinterpret_cast<Bits>(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(address))));
+  } else
+#endif
+#if defined(__AVX2__)
+      if constexpr (kLanes == 8) {
+    bits = reinterpret_cast<Bits>(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(address))));
+  } else
+#endif
+  {
+    bits = __builtin_convertvector(load<Vector<uint16_t, kLanes>>(address), Bits);
+  }
+  return __builtin_convertvector(reinterpret_cast<Vector<float, kLanes>>(bits << 16),
+                                 Vector<T, kLanes>);
 }
 
 template <typename T, int kLanes>
@@ -109,6 +125,21 @@ inline void store_bfloat16(BFloat16* address, Vector<float, kLanes> value) {
   // Rounding up a NaN's payload could end in infinity: a NaN becomes the quiet one instead.
   const Bits is_nan = reinterpret_cast<Bits>((bits & 0x7fffffffu) > 0x7f800000u);
   const Bits result = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(address),
+                        _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(result)));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const auto words = reinterpret_cast<__m256i>(result);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(address), _mm256_castsi256_si128(packed));
+    return;
+  }
+#endif
   store(address, __builtin_convertvector(result, Vector<uint16_t, kLanes>));
 }
 
@@ -145,43 +176,54 @@ inline void store_as(S* address, Vector<T, kLanes> value) {
   }
 }
 
-// Lanes [kFirst, kFirst + sizeof...(kOffset)) of a vector.
-template <int kFirst, typename T, int kLanes, int... kOffset>
-inline Vector<T, sizeof...(kOffset)> lanes_from(Vector<T, kLanes> value,
-                                                std::integer_sequence<int, kOffset...>) {
-  return __builtin_shufflevector(value, value, (kFirst + kOffset)...);
+// The two halves of a full vector of floats, as doubles.
+inline constexpr int kDoubleLanes = kVectorBytes / 8;
+using Doubles = Vector<double, kDoubleLanes>;
+using Floats = Vector<float, 2 * kDoubleLanes>;
+
+inline Doubles low_half(Floats value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(
+      _mm512_cvtps_pd(_mm512_castps512_ps256(reinterpret_cast<__m512>(value))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Doubles>(
+      _mm256_cvtps_pd(_mm256_castps256_ps128(reinterpret_cast<__m256>(value))));
+#else
+  return Doubles{value[0], value[1]};
+#endif
+}
+
+inline Doubles high_half(Floats value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(
+      _mm512_cvtps_pd(_mm512_extractf32x8_ps(reinterpret_cast<__m512>(value), 1)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Doubles>(
+      _mm256_cvtps_pd(_mm256_extractf128_ps(reinterpret_cast<__m256>(value), 1)));
+#else
+  return Doubles{value[2], value[3]};
+#endif
 }
 
 // Sum of squares in double, whatever the lanes' type. Float lanes fill two vectors of doubles.
-template <typename T, int kLanes>
 struct SumOfSquares {
-  static constexpr int kDoubleLanes = kVectorBytes / 8;
-  using Doubles = Vector<double, kDoubleLanes>;
-  using Offsets = std::make_integer_sequence<int, kDoubleLanes>;
   Doubles low = {};
   Doubles high = {};
 
-  inline void add(Vector<T, kLanes> value) {
-    if constexpr (kLanes == kDoubleLanes) {
-      low += value * value;
-    } else {
-      const auto first =
-          __builtin_convertvector((lanes_from<0, T, kLanes>(value, Offsets())), Doubles);
-      const auto second =
-          __builtin_convertvector((lanes_from<kDoubleLanes, T, kLanes>(value, Offsets())), Doubles);
-      low += first * first;
-      high += second * second;
-    }
+  inline void add(Floats value) {
+    const Doubles first = low_half(value);
+    const Doubles second = high_half(value);
+    low += first * first;
+    high += second * second;
   }
 
-  // kLanes doubles in memory that the lanes' type would round.
+  inline void add(Doubles value) { low += value * value; }
+
+  // As many doubles in memory as there are float lanes, which would round them.
   inline void add_exact(const double* address) {
-    const auto first = load<Doubles>(address);
-    low += first * first;
-    if constexpr (kLanes > kDoubleLanes) {
-      const auto second = load<Doubles>(address + kDoubleLanes);
-      high += second * second;
-    }
+    add(load<Doubles>(address));
+    const auto second = load<Doubles>(address + kDoubleLanes);
+    high += second * second;
   }
 
   inline double total() const {

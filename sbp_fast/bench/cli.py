@@ -1,0 +1,149 @@
+"""``sbp-fast bench``: runs the cases, prints tables, writes CSV, plots and the environment."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import environment, goals, kernels, plots, step
+from .case import Case
+from .rows import Row, as_table, write_csv
+from .shapes import resnet50_shapes
+from .step import StepSize
+
+SUBJECTS = ("kernels", "step")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        networks: how many times the shapes of ResNet-50 (25.6 M elements) are in the lists.
+        ceiling_elements: of each array of the ceiling.
+        kernel_rounds, step_rounds: measurements of each contender.
+        sizes: of the steps.
+    """
+
+    networks: int
+    ceiling_elements: int
+    kernel_rounds: int
+    step_rounds: int
+    sizes: Sequence[StepSize]
+
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+
+FULL = Plan(
+    networks=4,
+    ceiling_elements=50_000_000,
+    kernel_rounds=15,
+    step_rounds=11,
+    sizes=[
+        StepSize(pixels, batch, micro_batch)
+        for pixels, batch in ((32, 16), (32, 32), (64, 16))
+        for micro_batch in _MICRO_BATCHES
+    ],
+)
+QUICK = Plan(
+    networks=1,
+    ceiling_elements=25_000_000,
+    kernel_rounds=5,
+    step_rounds=5,
+    sizes=[StepSize(32, 16, micro_batch) for micro_batch in (1, 4, 16)],
+)
+
+_STEP_WIDTH = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where CSV, plots and environment.json go; left out: benchmarks/results/<device>",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small and few: under a minute on two cores"
+    )
+    parser.add_argument(
+        "--only", choices=SUBJECTS, help="measure the kernels or the step; left out: both"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="left out: cuda where there is one, else cpu"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; left out: torch's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs what the arguments ask for; 0 unless they cannot be satisfied."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "--device cuda: torch sees no CUDA device; check `nvidia-smi`, or leave --device out to "
+            "measure the CPU"
+        )
+        return 2
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            print(f"--threads is {arguments.threads}; it must be at least 1")
+            return 2
+        torch.set_num_threads(arguments.threads)
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    output = arguments.output or Path("benchmarks", "results", environment.slug(device))
+    subjects = SUBJECTS if arguments.only is None else (arguments.only,)
+    bench(device, QUICK if arguments.quick else FULL, output, subjects)
+    return 0
+
+
+def bench(
+    device: torch.device,
+    plan: Plan,
+    output: Path,
+    subjects: Sequence[str] = SUBJECTS,
+    *,
+    step_width: int = _STEP_WIDTH,
+) -> list[Row]:
+    """Measures, prints, and writes ``<subject>.csv``, plots and ``environment.json`` to ``output``."""
+    output.mkdir(parents=True, exist_ok=True)
+    # First, so that the load of the machine is that before the measurement.
+    environment.write(output / "environment.json", device)
+    print(f"{environment.device_name(device)}, {torch.get_num_threads()} threads")
+    rows: list[Row] = []
+    if "kernels" in subjects:
+        shapes = resnet50_shapes() * plan.networks
+        makers = kernels.cases(shapes, device, plan.ceiling_elements)
+        rows += _measure("kernels", makers, plan.kernel_rounds, device, output)
+    if "step" in subjects:
+        makers = step.cases(plan.sizes, device, step_width)
+        rows += _measure("step", makers, plan.step_rounds, device, output)
+    verdicts = goals.report(rows)
+    if verdicts:
+        print(f"\n{verdicts}")
+    print(f"\nwritten to {output}")
+    return rows
+
+
+def _measure(
+    subject: str,
+    makers: Sequence[Callable[[], Case]],
+    rounds: int,
+    device: torch.device,
+    output: Path,
+) -> list[Row]:
+    rows: list[Row] = []
+    for make in makers:
+        new = make().measure(device, rounds)
+        print(f"\n{as_table(new)}", flush=True)
+        rows += new
+    write_csv(output / f"{subject}.csv", rows)
+    draw = {"kernels": plots.draw_bandwidth, "step": plots.draw_step}[subject]
+    try:
+        draw(rows, output / f"{subject}.png")
+    except plots.PlottingUnavailableError as reason:
+        print(f"no plot: {reason}")
+    return rows

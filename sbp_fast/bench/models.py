@@ -1,0 +1,47 @@
+"""The network of the step benchmarks.
+
+Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, the
+18-layer column: a 7 x 7 stem, four stages of two basic blocks. Without the pooling after the stem, so
+that images of 32 x 32 still have 2 x 2 positions to normalise in the last stage.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.convolution1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.convolution2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.convolution1(x)))
+        y = self.norm2(self.convolution2(y))
+        return torch.relu(y + self.shortcut(x))
+
+
+def resnet18(width: int = 64, classes: int = 10) -> nn.Sequential:
+    """Images [N, 3, H, W], H and W at least 32, to logits [N, classes]. Width 64: 11.2 M parameters."""
+    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    blocks: list[nn.Module] = []
+    channels = width
+    for stage in range(4):
+        for block in range(2):
+            stride = 2 if stage > 0 and block == 0 else 1
+            blocks.append(BasicBlock(channels, width << stage, stride))
+            channels = width << stage
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+    return nn.Sequential(*stem, *blocks, *head)

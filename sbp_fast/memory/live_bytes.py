@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .budget import format_bytes
-
 
 CPU = torch.device("cpu")
 
@@ -53,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         """`limit_bytes`: None counts only. Raises ValueError below 1."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if limit_bytes is not None and limit_bytes < 1:
             raise ValueError(
                 f"limit_bytes is {limit_bytes}, expected at least 1, or None for no limit"
@@ -151,14 +150,6 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes = live
         if live > self.peak_bytes:
             self.peak_bytes = live
-
-
-def active_counter() -> LiveBytes | None:
-    """The innermost `LiveBytes` whose `with` block encloses the caller; None outside of any."""
-    for mode in reversed(_get_current_dispatch_mode_stack()):
-        if isinstance(mode, LiveBytes):
-            return mode
-    return None
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a CUDA device. Offline: uses the Python, torch, nvcc, ninja
-# and pytest that are there, installs nothing. Results go to $OUT, or to benchmarks/results.
+# and pytest that are there, installs nothing. Results go to $OUT, or to
+# benchmarks/results/<device>.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-out=${OUT:-benchmarks/results}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=0
 
@@ -31,7 +31,7 @@ else
 fi
 
 step "benchmarks"
-"$python" -m sbp_fast bench --device cuda --quick --output "$out" || failed=1
+"$python" -m sbp_fast bench --device cuda --quick ${OUT:+--output "$OUT"} || failed=1
 
 step "done"
 exit "$failed"

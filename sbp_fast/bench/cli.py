@@ -108,7 +108,7 @@ def bench(
     *,
     step_width: int = _STEP_WIDTH,
 ) -> list[Row]:
-    """Measures, prints, and writes ``<subject>.csv``, plots and ``environment.json`` to ``output``."""
+    """Measures, prints, and writes CSV, plots, goals and environment to ``output``."""
     output.mkdir(parents=True, exist_ok=True)
     # First, so that the load of the machine is that before the measurement.
     environment.write(output / "environment.json", device)
@@ -124,6 +124,7 @@ def bench(
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
+        (output / "goals.txt").write_text(verdicts + "\n")
     print(f"\nwritten to {output}")
     return rows
 

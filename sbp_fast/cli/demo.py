@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batch-size", type=positive, default=128, help="images computed at once by SBP"
     )
     parser.add_argument("--budget", default="96MiB", help="device memory, such as 96MiB or 1GB")
-    parser.add_argument("--steps", type=positive, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=50, help="optimizer steps")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),

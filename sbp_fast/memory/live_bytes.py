@@ -44,6 +44,8 @@ class LiveBytes(TorchDispatchMode):
     tensors, and tensor subclasses that wrap others. Data that comes from Python lists or numpy
     counts as the host's.
 
+    Its price is some 10 microseconds an operation: 5 to 9 % of the time of the demo's step.
+
     It may be left and entered again, and nested: each instance counts for itself.
     `torch.distributed._tools`' MemTracker counts in the same way, but has no limit, hooks every
     module and copies a snapshot at each of their calls, and refuses a second call of the root

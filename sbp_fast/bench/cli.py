@@ -59,6 +59,9 @@ QUICK = Plan(
 
 _STEP_WIDTH = 64
 
+# Load average above which others are at work. Those who start the benchmark leave some load themselves.
+_MOST_LOAD = 0.7
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -113,6 +116,11 @@ def bench(
     # First, so that the load of the machine is that before the measurement.
     environment.write(output / "environment.json", device)
     print(f"{environment.device_name(device)}, {torch.get_num_threads()} threads")
+    if environment.load_average() > _MOST_LOAD:
+        print(
+            f"warning: the machine was busy (load average {environment.load_average():.1f}); figures "
+            "are worth little unless it does nothing else"
+        )
     rows: list[Row] = []
     if "kernels" in subjects:
         shapes = resnet50_shapes() * plan.networks

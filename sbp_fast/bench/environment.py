@@ -48,6 +48,11 @@ def revision() -> str:
         return ""
 
 
+def load_average() -> float:
+    """Processes that ran or wanted to, over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
@@ -65,7 +70,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average_1_minute": round(os.getloadavg()[0], 2),
+        "load_average_1_minute": round(load_average(), 2),
         "build": native.build_note(),
         "backends": {
             name: "usable" if usable.usable else usable.reason

@@ -111,7 +111,7 @@ def _group(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 def _color(contender: str) -> str:
     if contender.startswith("sbp_fast"):
         return "tab:blue"
-    return "0.6" if contender.startswith("torch") else "tab:orange"
+    return "tab:orange" if contender.startswith("STREAM") else "0.6"
 
 
 def _pyplot() -> Any:

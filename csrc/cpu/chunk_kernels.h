@@ -76,6 +76,8 @@ ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_da
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    prefetch_ahead<false>(gradient + i);
+    if constexpr (!kFirstWrite) prefetch_ahead<true>(accumulator + i);
     step(i, in_even, result_even);
     step(i + kLanes, in_odd, result_odd);
   }
@@ -107,6 +109,7 @@ ChunkStatistics statistics_chunk(const void* gradient_data, int64_t count) {
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    prefetch_ahead<false>(gradient + i);
     step(i, even);
     step(i + kLanes, odd);
   }

@@ -15,15 +15,6 @@ struct ChunkStatistics {
   bool non_finite = false;
 };
 
-// How a chunk is to be processed. Each combination is compiled on its own.
-struct AccumulateMode {
-  bool first_write = false;
-  bool statistics = false;
-  // Stores that bypass the caches: right when the accumulators are larger than the caches, since a
-  // plain store would first read the line that it is about to overwrite.
-  bool streaming_stores = false;
-};
-
 using AccumulateKernel = ChunkStatistics (*)(void* accumulator, const void* gradient, int64_t count,
                                              double scale);
 using StatisticsKernel = ChunkStatistics (*)(const void* gradient, int64_t count);
@@ -45,7 +36,9 @@ inline int dtype_index(torch::headeronly::ScalarType dtype) {
 
 struct KernelTable {
   const char* instruction_set;
-  // [accumulator dtype][gradient dtype][first write][statistics][streaming stores]
+  // [accumulator dtype][gradient dtype][first write][statistics][streaming stores]. Streaming stores
+  // bypass the caches: right when the accumulators are larger than those, since a plain store would
+  // first read the line that it is about to overwrite.
   AccumulateKernel accumulate[kAccumulatorDtypeCount][kGradientDtypeCount][2][2][2];
   StatisticsKernel statistics[kGradientDtypeCount];
   // [output dtype][accumulator dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 
@@ -9,7 +10,6 @@ import random
 # one another: on a busy machine the tests then take six times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -24,11 +24,15 @@ from sbp_fast.ops import availability
 THREADS = 2
 BACKENDS_ON_CPU = ("cpu", "triton", "reference")
 
-# Derandomized: a failure in CI is the failure anyone sees. No deadline: machines differ.
-hypothesis.settings.register_profile(
-    "deterministic", deadline=None, derandomize=True, database=None
-)
-hypothesis.settings.load_profile("deterministic")
+# tests/gpu needs no hypothesis: it also runs on machines where nothing can be installed.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # Derandomized: a failure in CI is the failure anyone sees. No deadline: machines differ.
+    hypothesis.settings.register_profile(
+        "deterministic", deadline=None, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("deterministic")
 
 
 def pytest_configure() -> None:

@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py build_native.py $(shell find csrc -type f)
 DEVICE_PYTHON ?= python3
 
 # Idle OpenMP threads sleep instead of spinning: with few cores, spinning takes them from whoever works.

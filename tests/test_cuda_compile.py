@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import cuda_source
 import pytest
+import torch
 
 BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
 WIDEST = 16  # bytes per thread and access
@@ -48,7 +49,9 @@ def demangle(names: list[str]) -> dict[str, str]:
 def compiled(pytestconfig: pytest.Config) -> Path:
     """A folder with a .cubin and a .log per architecture. Kept in pytest's cache for as long as nothing
     changes: compiling takes most of a minute."""
-    everything = hashlib.sha256(repr(commands(Path())).encode())
+    compiler = subprocess.run([cuda_source.nvcc(), "--version"], capture_output=True, check=True)
+    everything = hashlib.sha256(repr((commands(Path()), torch.__version__)).encode())
+    everything.update(compiler.stdout)
     for path in sorted(cuda_source.CSRC.rglob("*")):
         if path.is_file() and "emulation" not in path.parts:
             everything.update(path.name.encode() + path.read_bytes())
@@ -148,6 +151,7 @@ def test_every_kernel_is_there(usage: dict[Kernel, str]) -> None:
         "finalise_flat": 4 * 2 * architectures,
         "finalise_strided": 4 * 2 * architectures,
         "add_partials": architectures,
+        "probe": architectures,
     }
 
 

@@ -50,7 +50,18 @@ def load_cuda() -> Availability:
         return Availability(
             False, "torch sees no CUDA device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
         )
-    return _load("cuda")
+    loaded = _load("cuda")
+    if not loaded.usable:
+        return loaded
+    problem = _cuda_problem()
+    if problem is not None:
+        return Availability(
+            False,
+            f"the cuda library loads, but its kernels do not run here: {problem}. It was built with "
+            f"{build_note()['built']['cuda']}; use a device of compute capability 8.0 or newer, and "
+            "update the driver or build with a CUDA toolkit no newer than `nvidia-smi` shows",
+        )
+    return loaded
 
 
 def cpu_instruction_set() -> str:
@@ -62,13 +73,23 @@ def cpu_instruction_set() -> str:
     return name.decode()
 
 
+def _cuda_problem() -> str | None:
+    """What CUDA says when it is asked for one of the library's kernels; None where all is well."""
+    function = ctypes.CDLL(str(FOLDER / "libsbp_fast_cuda.so")).sbp_fast_cuda_probe
+    function.restype = ctypes.c_char_p
+    text: bytes | None = function()
+    return None if text is None else text.decode()
+
+
 def _load(name: str) -> Availability:
+    note = build_note()
+    # The note decides, not the file: what the last build did not make is older than the package.
+    if name not in note["built"]:
+        reason = note["left_out"].get(name, "unknown")
+        return Availability(False, f"the {name} library was not built: {reason}")
     path = FOLDER / f"libsbp_fast_{name}.so"
     if not path.exists():
-        reason = build_note()["left_out"].get(
-            name, "its file is missing; install the package again"
-        )
-        return Availability(False, f"the {name} library was not built: {reason}")
+        return Availability(False, f"{path} is missing; install the package again")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

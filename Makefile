@@ -13,7 +13,7 @@ DEVICE_PYTHON ?= python3
 # Idle OpenMP threads sleep instead of spinning: with few cores, spinning takes them from whoever works.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench lint types format check-format wheel gpu clean
+.PHONY: demo test bench lint types format check-format wheel gpu print-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sbp-fast demo
@@ -34,10 +34,10 @@ types: $(VENV)/.dev
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $$(find csrc -type f)
 
 check-format: $(VENV)/.dev
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation
@@ -45,6 +45,10 @@ wheel: $(VENV)/.dev
 # For a machine with a CUDA device and no network: its own Python, torch and nvcc; nothing is installed.
 gpu:
 	PYTHON=$(DEVICE_PYTHON) bash benchmarks/gpu.sh
+
+# For scripts that install the same one elsewhere.
+print-torch:
+	@echo "$(TORCH)"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

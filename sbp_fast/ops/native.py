@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ import torch
 from . import schemas  # noqa: F401  (the ops must exist before a library adds its kernels)
 
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
+
+# As csrc/cpu/dispatch.cpp knows them.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 class Availability(NamedTuple):
@@ -35,6 +39,14 @@ def build_note() -> dict[str, Any]:
 
 @cache
 def load_cpu() -> Availability:
+    """Raises ValueError where SBP_FAST_CPU_CAPABILITY is none of the library's instruction sets."""
+    # For a name that it does not know the library would take its baseline, and nobody notice.
+    capability = os.environ.get("SBP_FAST_CPU_CAPABILITY")
+    if capability is not None and capability not in INSTRUCTION_SETS:
+        raise ValueError(
+            f"SBP_FAST_CPU_CAPABILITY is {capability!r}; it must be one of "
+            f"{', '.join(INSTRUCTION_SETS)}, or unset"
+        )
     return _load("cpu")
 
 

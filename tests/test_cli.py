@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from torch import Tensor
 
 from sbp_fast.cli import doctor, main
-from sbp_fast.ops import BACKENDS, availability
+from sbp_fast.ops import BACKENDS, availability, backends
+from sbp_fast.ops.native import Availability
 
 
 def test_doctor_judges_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +46,67 @@ def test_doctor_finds_a_wrong_backend(
     printed = capsys.readouterr().out
     assert "WRONG" in printed
     assert "SBP_FAST_BACKEND=reference" in printed
+
+
+def test_doctor_survives_a_backend_that_raises(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = doctor._one_step
+
+    def raising(backend: str, device: str) -> Tensor:
+        if backend == "cpu":
+            raise RuntimeError("kernel launch failed:\nno image for this device")
+        return one_step(backend, device)
+
+    if not availability("cpu").usable:
+        pytest.skip(f"backend cpu: {availability('cpu').reason}")
+    monkeypatch.setattr(doctor, "_one_step", raising)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.split()[:2] == ["cpu", "FAILED"])
+    assert "RuntimeError: kernel launch failed: no image for this device" in line
+    assert any(line.split()[:2] == ["reference", "ok"] for line in lines)
+    assert any(line.startswith("backend='auto' takes") for line in lines)
+    assert any("SBP_FAST_BACKEND=reference" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        ("nonsense", "backend is 'nonsense'; it must be one of auto"),
+        ("cuda", "backend='cuda' computes on cuda tensors"),
+        ("triton", "backend='triton' is not usable here"),
+    ],
+)
+def test_doctor_survives_a_variable_that_names_no_usable_backend(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    reason: str,
+) -> None:
+    def without_triton(backend: str) -> Availability:
+        return Availability(False, "taken away") if backend == "triton" else availability(backend)
+
+    monkeypatch.setenv("SBP_FAST_BACKEND", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "availability", without_triton)
+    monkeypatch.setattr(backends, "_resolve", backends._resolve.__wrapped__)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    section = printed[printed.index("backend='auto' takes, by device") :]
+    assert f"SBP_FAST_BACKEND={variable} is set" in section
+    assert f"nothing: {reason}" in section
+    assert f"SBP_FAST_BACKEND={variable} FAILED" in section
+    assert re.search(r"^  reference +ok ", printed, re.MULTILINE)
+
+
+def test_doctor_says_that_the_variable_replaces_auto(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBP_FAST_BACKEND", "reference")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "by device (SBP_FAST_BACKEND=reference is set and replaces 'auto')" in printed
 
 
 def test_commands_run_as_a_module() -> None:

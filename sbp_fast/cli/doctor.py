@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import StreamedAccumulator, __version__
-from ..ops import BACKENDS, availability, resolve
+from ..ops import BACKENDS, BackendUnavailableError, availability, resolve
 from ..ops.native import build_note, cpu_instruction_set
 
 # float32 arithmetic in another order: a few units in the last place of a short sum.
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report. Exit status 1 where a usable backend disagrees with the reference."""
+    """Prints the report. Exit status 1 where a backend that should work does not."""
     del arguments
     print(f"sbp_fast {__version__}")
     for name, text in _environment().items():
@@ -38,17 +39,22 @@ def run(arguments: argparse.Namespace) -> int:
     for check in checks:
         print(f"  {check.backend:<10} {check.verdict:<9} {check.detail}")
 
-    print("\nbackend='auto' takes, by device")
-    for device in ("cpu", "cuda"):
-        print(f"  {device:<10} {_automatic_choice(device)}")
-    broken = [check.backend for check in checks if check.verdict == "WRONG"]
-    if broken:
-        print(
-            f"\n{', '.join(broken)}: the result differs from the reference. Do not train with it; set "
-            "SBP_FAST_BACKEND=reference and report this output."
+    variable = os.environ.get("SBP_FAST_BACKEND")
+    note = "" if variable is None else f" (SBP_FAST_BACKEND={variable} is set and replaces 'auto')"
+    print(f"\nbackend='auto' takes, by device{note}")
+    choices = {device: _automatic_choice(device) for device in ("cpu", "cuda")}
+    for device, choice in choices.items():
+        print(f"  {device:<10} {choice.backend or f'nothing: {choice.reason}'}")
+
+    advice = _advice(checks)
+    if not any(choice.backend for choice in choices.values()):
+        advice.append(
+            f"SBP_FAST_BACKEND={variable} FAILED: it serves no device here. Unset it, or set it to a "
+            "backend that is ok."
         )
-        return 1
-    return 0
+    for sentence in advice:
+        print(f"\n{sentence}")
+    return 1 if advice else 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,14 @@ class _Check:
     backend: str
     verdict: str
     detail: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What ``"auto"`` stands for on a device: a backend, or the reason why there is none."""
+
+    backend: str = ""
+    reason: str = ""
 
 
 def _environment() -> dict[str, str]:
@@ -94,13 +108,30 @@ def _check(backend: str) -> _Check:
     if not usable:
         return _Check(backend, "missing", reason)
     device = _device_for(backend)
-    expected = _one_step("reference", device)
-    actual = _one_step(backend, device)
-    error = float((actual - expected).norm() / expected.norm())
-    verdict = "ok" if error <= _AGREEMENT else "WRONG"
-    return _Check(
-        backend, verdict, f"on {device}, relative difference {error:.1e} (at most {_AGREEMENT:.0e})"
-    )
+    try:
+        expected = _one_step("reference", device)
+        actual = _one_step(backend, device)
+        difference = float((actual - expected).norm() / expected.norm())
+    except Exception as error:  # whatever it is, this report is where it should be read
+        reason = " ".join(str(error).split())
+        return _Check(backend, "FAILED", f"on {device}, {type(error).__name__}: {reason}")
+    verdict = "ok" if difference <= _AGREEMENT else "WRONG"
+    detail = f"on {device}, relative difference {difference:.1e} (at most {_AGREEMENT:.0e})"
+    return _Check(backend, verdict, detail)
+
+
+def _advice(checks: list[_Check]) -> list[str]:
+    """What to do about the backends that do not work, a sentence or two on each kind."""
+    cure = "set SBP_FAST_BACKEND=reference and report this output."
+    advice = []
+    for verdict, meaning in (
+        ("WRONG", "the result differs from the reference"),
+        ("FAILED", "the step ended in an error"),
+    ):
+        names = [check.backend for check in checks if check.verdict == verdict]
+        if names:
+            advice.append(f"{', '.join(names)}: {meaning}. Do not train with it; {cure}")
+    return advice
 
 
 def _device_for(backend: str) -> str:
@@ -126,10 +157,13 @@ def _one_step(backend: str, device: str) -> torch.Tensor:
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 
 
-def _automatic_choice(device: str) -> str:
+def _automatic_choice(device: str) -> _Choice:
     if device == "cuda" and not torch.cuda.is_available():
-        return "nothing: torch sees no CUDA device"
-    return resolve("auto", device)
+        return _Choice(reason="torch sees no CUDA device")
+    try:
+        return _Choice(backend=resolve("auto", device))
+    except (ValueError, BackendUnavailableError) as error:
+        return _Choice(reason=str(error))
 
 
 def _version(package: str) -> str | None:

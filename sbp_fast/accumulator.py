@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from operator import is_
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.amp.grad_scaler import GradScaler
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .forward import Forward, backward_context
-from .gradients import Accumulators, Finaliser, GradientHooks
+from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
 from .large_batch import LargeBatch
 from .loss import Shares, Weight, read_contract
 from .memory.peak import PeakMeter
-from .ops import resolve
+from .ops import is_automatic, resolve
+from .parameters import Parameters, find_parameters, modules_of, names_of
 from .result import StepResult
 from .streaming import PinnedRing, stream_to
 from .transaction import Transaction
@@ -34,7 +35,8 @@ class StreamedAccumulator:
     Args:
         model: any module. A tensor of inputs is passed as ``model(inputs)``, a tuple as
             ``model(*inputs)``, a mapping as ``model(**inputs)``; anything else as one argument.
-        optimizer: any optimizer over the model's parameters.
+        optimizer: any optimizer over the model's parameters; those it has beside them (of a loss, say)
+            are trained as well.
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar; or None for a model that returns its own
             loss (itself, as ``.loss`` or under the key ``"loss"``).
         micro_batch_size: samples computed at once.
@@ -51,7 +53,8 @@ class StreamedAccumulator:
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
         grad_scaler: scales the loss, skips steps whose gradient overflowed, and adapts.
-        backend: which kernels accumulate; see :func:`sbp_fast.ops.scale_accumulate_`.
+        backend: which kernels accumulate; see :func:`sbp_fast.ops.scale_accumulate_`. Under ``"auto"``,
+            gradients on the CPU that need no other dtype are added by autograd itself.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and the cure.
@@ -88,21 +91,16 @@ class StreamedAccumulator:
         options.check_choice("backend", backend)
         options.warn_about_batch_norm(model)
         self._model = model
+        self._loss_fn = loss_fn
+        self._modules = modules_of(model, loss_fn)
         self._optimizer = optimizer
         self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
         self._contract = read_contract(loss_fn, normalization)
-        self._has_targets = loss_fn is not None
-        self._device = next(p.device for p in model.parameters() if p.requires_grad)
-        self._backend = resolve(backend, self._device.type)
-        self._forward = Forward(
-            model, loss_fn, options.autocast_context(autocast, self._device.type)
-        )
         self._grad_scaler = grad_scaler
-        self._ring = PinnedRing(self._device) if self._device.type == "cuda" else None
-        self._finaliser = Finaliser(self._backend, options.check_max_grad_norm(max_grad_norm))
-        self._parameters: list[nn.Parameter] = []
-        self._hooks: GradientHooks | None = None
-        self._watch_parameters()
+        self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
+        self._backend_option = backend
+        self._autocast = autocast
+        self._prepare_for(find_parameters(self._modules, optimizer))
 
     def step(self, inputs: PyTree | Iterable[Any], targets: PyTree = None) -> StepResult:
         """One large batch: stream, accumulate, update, zero.
@@ -125,12 +123,16 @@ class StreamedAccumulator:
         Raises:
             ValueError: an empty batch, leaves of different lengths, a loss that is no scalar.
         """
-        self._watch_parameters()
+        self._follow_changes()
         with self._transaction as transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
-            skipped = large_batch.is_broken()
-            self._update(skipped)
+            finite_loss, finite_gradient = large_batch.finite()
+            skipped = not (finite_loss and finite_gradient)
+            if not skipped:
+                self._update()
+            elif not finite_gradient:
+                self._show_overflow()
             # An autocast context of the caller's would go on with copies of the old parameters.
             torch.clear_autocast_cache()
             if skipped:
@@ -148,37 +150,61 @@ class StreamedAccumulator:
 
         Takes and raises what :meth:`step` does.
         """
-        self._watch_parameters()
+        self._follow_changes()
         with self._transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
             return large_batch.result(skipped=False)
 
-    def _watch_parameters(self) -> None:
-        """Hooks whatever is trainable now: layers may come, be frozen and unfrozen between steps."""
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
-        if len(trainable) == len(self._parameters) and all(map(is_, trainable, self._parameters)):
-            return
-        options.check_model(self._model)
-        if self._hooks is not None:
+    def _follow_changes(self) -> None:
+        """Layers may come, be frozen, moved or cast between steps."""
+        options.check_gradients_possible()
+        parameters = find_parameters(self._modules, self._optimizer)
+        if parameters.state != self._parameters.state:
             self._hooks.remove()
-        self._parameters = trainable
-        self._hooks = GradientHooks(trainable)
-        self._transaction = Transaction(self._model, trainable)
+            self._prepare_for(parameters)
+
+    def _prepare_for(self, parameters: Parameters) -> None:
+        """Everything that depends on which parameters there are, and where."""
+        names = names_of(parameters.trainable, self._modules)
+        options.check_parameters(parameters, names, self._modules, self._optimizer)
+        device = parameters.device
+        automatic = is_automatic(self._backend_option)
+        self._parameters = parameters
+        self._device = device
+        self._backend = resolve(self._backend_option, device.type)
+        self._forward = Forward(
+            self._model,
+            self._loss_fn,
+            options.autocast_context(self._autocast, device.type),
+            self._contract.elementwise,
+        )
+        self._ring = PinnedRing(device) if device.type == "cuda" else None
+        self._finaliser = Finaliser(self._backend, self._max_grad_norm)
+        self._transaction = Transaction(self._modules, parameters.all)
+        self._hooks = GradientHooks(
+            parameters.trainable,
+            names,
+            unwatched=[
+                position
+                for position, parameter in enumerate(parameters.trainable)
+                if automatic and autograd_can_accumulate(parameter)
+            ],
+        )
 
     def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
-        options.check_gradients_possible()
         micro_batches, shares = self._split(inputs, targets)
         large_batch = LargeBatch(
-            shares, Accumulators(self._parameters, backend=self._backend), PeakMeter(self._device)
+            shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
-        assert self._hooks is not None
-        with torch.enable_grad(), self._hooks.delivering_to(large_batch.accumulators.add):
+        with torch.enable_grad():
             for arrival in stream_to(self._device, micro_batches, self._ring):
                 if arrival.is_last:
                     large_batch.accumulators.observe()
                 self._compute(arrival.micro_batch, large_batch)
+                # Its memory is wanted for the next one, which is sent before the loop comes round.
+                del arrival
         return large_batch
 
     def _split(
@@ -187,7 +213,7 @@ class StreamedAccumulator:
         shares = Shares(self._contract)
         size = self._micro_batch_size
         if not is_stream(inputs):
-            micro_batches = split(inputs, targets, size, with_targets=self._has_targets)
+            micro_batches = split(inputs, targets, size, with_targets=self._loss_fn is not None)
             shares.announce(micro_batches)
             return micro_batches, shares
         if targets is not None:
@@ -195,7 +221,7 @@ class StreamedAccumulator:
                 "targets were given beside an iterable of micro-batches; let the iterable yield pairs "
                 "(inputs, targets)"
             )
-        return split_stream(inputs, size, with_targets=self._has_targets), shares
+        return split_stream(inputs, size, with_targets=self._loss_fn is not None), shares
 
     def _compute(self, micro_batch: MicroBatch, large_batch: LargeBatch) -> None:
         """One micro-batch, forward and backward, with its share of the large batch."""
@@ -211,33 +237,50 @@ class StreamedAccumulator:
         # would round it: then it scales the gradients as they are added, in the accumulators' precision
         # (a share on the device must be read for that).
         narrow = loss.dtype in (torch.bfloat16, torch.float16)
-        large_batch.accumulators.scale = float(share) if narrow else 1.0
-        seed = 1.0 if narrow else share
+        scale, seed = (float(share), 1.0) if narrow else (1.0, share)
         if self._grad_scaler is not None:
             loss = self._grad_scaler.scale(loss)
-        with backward_context(self._device.type):
+        with (
+            large_batch.accumulators.collecting(scale),
+            backward_context(self._device.type),
+        ):
             loss.backward(_as_gradient(seed, loss))
-        large_batch.accumulators.flush()
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""
         sums = large_batch.accumulators.finish()
         scale = large_batch.close(self._grad_scaler)
-        self._finaliser.write(self._parameters, sums, scale, large_batch.grad_norm)
-        self._finaliser.check_narrowed(self._parameters, large_batch.accumulators.statistics)
+        self._finaliser.write(self._parameters.trainable, sums, scale, large_batch.grad_norm)
+        self._finaliser.check_narrowed(
+            self._parameters.trainable, large_batch.accumulators.statistics
+        )
 
-    def _update(self, skipped: bool) -> None:
+    def _update(self) -> None:
         scaler = self._grad_scaler
         if scaler is None:
-            if not skipped:
-                self._optimizer.step()
+            self._optimizer.step()
             return
-        if skipped:
-            # Shows the scaler the gradient, so that it lowers its scale if that overflowed.
-            scaler.unscale_(self._optimizer)
-        else:
+        with _scaler_kept(scaler):
             scaler.step(self._optimizer)
-        scaler.update()
+            scaler.update()
+
+    def _show_overflow(self) -> None:
+        """Shows the scaler a gradient that is not finite, so that it lowers its scale."""
+        if self._grad_scaler is not None:
+            with _scaler_kept(self._grad_scaler):
+                self._grad_scaler.unscale_(self._optimizer)
+                self._grad_scaler.update()
+
+
+@contextmanager
+def _scaler_kept(scaler: GradScaler) -> Iterator[None]:
+    """A scaler remembers that gradients were unscaled until it is updated. If that never comes, the next
+    step would go without."""
+    try:
+        yield
+    except BaseException:
+        scaler.update(scaler.get_scale())
+        raise
 
 
 def _as_gradient(seed: Weight, loss: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ tree, and tensors of no dimension, go to every micro-batch as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def split(
     if with_targets and targets is None:
         raise ValueError(
             "targets are None although there is a loss_fn; pass targets, or loss_fn=None for a model "
-            "that returns its own loss"
+            "that returns its own loss (a list of micro-batches is passed as iter(list))"
         )
     if not with_targets and targets is not None:
         raise ValueError(
@@ -112,11 +112,23 @@ def count_samples(inputs: PyTree, targets: PyTree) -> int:
     for name, tree in (("inputs", inputs), ("targets", targets)):
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if has_samples(leaf):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    raise ValueError(
+                        f"{name}{pytree.keystr(path)} was computed with gradients, and each micro-batch "
+                        "would go back through its graph; pass it with .detach(), or make what computes "
+                        "it part of the model"
+                    )
                 counted.append((name + pytree.keystr(path), leaf.shape[0]))
             elif isinstance(leaf, Iterable) and not isinstance(leaf, (str, bytes, Tensor)):
                 raise ValueError(
                     f"{name}{pytree.keystr(path)} is a {type(leaf).__name__}; a batch is made of "
                     "tensors and NumPy arrays in dicts, lists and tuples: convert it first"
+                )
+            elif is_dataclass(leaf) and any(map(has_samples, vars(leaf).values())):
+                raise ValueError(
+                    f"{name}{pytree.keystr(path)} is a {type(leaf).__name__}, a dataclass whose tensors "
+                    "would not be split; pass a dict, or register it as a pytree "
+                    "(torch.utils._pytree.register_dataclass)"
                 )
     if not counted:
         raise ValueError(

@@ -15,17 +15,22 @@ from .batches import MicroBatch, PyTree
 
 @dataclass(frozen=True)
 class Forward:
-    """The model, its loss, and the autocast context in which both run."""
+    """The model, its loss, and the autocast context in which both run.
+
+    ``elementwise``: the loss pairs outputs and targets element by element.
+    """
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
     autocast: Callable[[], AbstractContextManager[Any]]
+    elementwise: bool
 
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         """The loss of one micro-batch, with its graph; no dimensions.
 
         Raises:
-            ValueError: the loss is no scalar, or does not depend on a trainable parameter.
+            ValueError: the loss is no scalar, or does not depend on a trainable parameter; outputs and
+                targets have not the same number of dimensions, where they are compared by element.
             TypeError: the loss is no tensor.
         """
         with self.autocast():
@@ -33,6 +38,8 @@ class Forward:
             if self.loss_fn is None:
                 loss = _own_loss(outputs)
             else:
+                if self.elementwise:
+                    _check_no_broadcast(outputs, micro_batch.targets)
                 loss = self.loss_fn(outputs, micro_batch.targets)
         return _check_loss(loss)
 
@@ -65,6 +72,16 @@ def _own_loss(outputs: Any) -> Any:
         "neither .loss nor ['loss']; pass a loss_fn, or give the model what it needs to compute its loss "
         "(labels, for instance)"
     )
+
+
+def _check_no_broadcast(outputs: Any, targets: Any) -> None:
+    # Shapes (N, 1) and (N,) would meet as (N, N): every sample with every other, of its micro-batch only.
+    if outputs.ndim != targets.ndim:
+        raise ValueError(
+            f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} would "
+            "be broadcast against each other, which mixes the samples of a micro-batch; give them the "
+            "same number of dimensions (.squeeze(1) or .unsqueeze(1))"
+        )
 
 
 def _check_loss(loss: Any) -> Tensor:

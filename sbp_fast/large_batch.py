@@ -31,7 +31,7 @@ class LargeBatch:
         self.loss = torch.zeros_like(self.accumulators.statistics[0])
 
     def add_loss(self, loss: Tensor, share: Weight) -> None:
-        self.loss = self.loss + loss.detach() * share
+        self.loss = self.loss + loss.detach().double() * share
 
     def close(self, grad_scaler: GradScaler | None) -> Weight:
         """Normalises what was summed; returns what the accumulators are still to be multiplied with."""
@@ -43,10 +43,12 @@ class LargeBatch:
             self.grad_norm = self.grad_norm / grad_scaler.scale(torch.ones_like(self.grad_norm))
         return scale
 
-    def is_broken(self) -> bool:
-        """Whether the loss or any gradient is not finite. Waits for the device."""
-        finite = torch.isfinite(self.loss) & (self.accumulators.statistics[2] == 0.0)
-        return not bool(finite)
+    def finite(self) -> tuple[bool, bool]:
+        """Whether the loss is finite, and whether every gradient is. Waits for the device, once."""
+        loss, gradient = torch.stack(
+            [torch.isfinite(self.loss), self.accumulators.statistics[2] == 0.0]
+        ).tolist()
+        return loss, gradient
 
     def result(self, skipped: bool) -> StepResult:
         return StepResult(

@@ -36,11 +36,12 @@ class LossContract:
     """What is known of the loss.
 
     ``weigh`` gives a micro-batch's denominator, or is None where the loss sums. ``inverse_sqrt`` asks for
-    the paper's extra division.
+    the paper's extra division. ``elementwise`` losses pair outputs and targets element by element.
     """
 
     weigh: Weigh | None
     inverse_sqrt: bool = False
+    elementwise: bool = False
 
 
 class Shares:
@@ -63,10 +64,12 @@ class Shares:
     def announce(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Tells the whole large batch beforehand, so that every share is final when handed out.
 
+        Weights that lie on a device (its targets do) are read, which waits for it once.
+
         Raises:
             ValueError: the weights add up to nothing.
         """
-        weights = [self._weigh(micro_batch) for micro_batch in micro_batches]
+        weights = _read([self._weigh(micro_batch) for micro_batch in micro_batches])
         self._announced = iter(weights)
         self._divisor = self._divide_by(
             sum(weights), sum(micro_batch.samples for micro_batch in micro_batches)
@@ -78,7 +81,10 @@ class Shares:
         weight = self._weigh(micro_batch) if announced is None else announced
         if self._divisor is None:
             # A first piece that weighs nothing (all targets ignored) cannot be the unit.
-            unit = weight if isinstance(weight, Tensor) or weight > 0 else 1.0
+            if isinstance(weight, Tensor):
+                unit: Weight = torch.where(weight > 0, weight, 1.0)
+            else:
+                unit = weight if weight > 0 else 1.0
             self._divisor = self._divide_by(unit, micro_batch.samples)
         self._total = self._total + weight
         self.samples += micro_batch.samples
@@ -143,6 +149,7 @@ class _Known:
     name: str
     reduction: str
     weigh: Weigh
+    elementwise: bool = False
 
 
 def _check_known(known: _Known, normalization: str) -> LossContract:
@@ -163,7 +170,9 @@ def _check_known(known: _Known, normalization: str) -> LossContract:
             f"reduction={known.reduction!r}; use normalization='auto', or reduction='sum'"
         )
     return LossContract(
-        weigh=None if sums else known.weigh, inverse_sqrt=normalization == "inverse_sqrt"
+        weigh=None if sums else known.weigh,
+        inverse_sqrt=normalization == "inverse_sqrt",
+        elementwise=known.elementwise,
     )
 
 
@@ -207,7 +216,7 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
                 functools.partial(getattr, loss_fn, "weight"), loss_fn.ignore_index
             )
         elif kind in _ELEMENT_MODULES:
-            weigh = _count_elements if loss_fn.reduction != "batchmean" else _count_samples
+            return _elementwise(f"{kind.__name__}()", str(loss_fn.reduction))
         elif kind in _SAMPLE_MODULES:
             weigh = _count_samples
         else:
@@ -229,10 +238,13 @@ def _read_torch_loss(loss_fn: Callable[..., Any] | None) -> _Known | None:
         )
         return _Known(name, reduction, weigh)
     if function in _ELEMENT_FUNCTIONS:
-        return _Known(
-            name, reduction, _count_elements if reduction != "batchmean" else _count_samples
-        )
+        return _elementwise(name, reduction)
     return None
+
+
+def _elementwise(name: str, reduction: str) -> _Known:
+    weigh = _count_samples if reduction == "batchmean" else _count_elements
+    return _Known(name, reduction, weigh, elementwise=True)
 
 
 def _count_samples(micro_batch: MicroBatch) -> Weight:
@@ -247,7 +259,7 @@ def _count_tokens(micro_batch: MicroBatch) -> Weight:
     tree = micro_batch.targets if micro_batch.targets is not None else micro_batch.inputs
     if isinstance(tree, Mapping) and "labels" in tree:
         tree = tree["labels"]
-    return _total((_as_tensor(tree, "normalization='tokens'") != IGNORE_INDEX).sum())
+    return _total((_signed(_as_tensor(tree, "normalization='tokens'")) != IGNORE_INDEX).sum())
 
 
 class _ClassWeight:
@@ -262,7 +274,9 @@ class _ClassWeight:
         targets = _target_tensor(micro_batch)
         if targets.is_floating_point():
             # Class probabilities, (samples, classes, ...): torch divides by the number of positions.
-            return float(targets.numel() // targets.shape[1])
+            # Without classes it refuses them itself.
+            return float(targets.numel() // targets.shape[1] if targets.ndim > 1 else 1)
+        targets = _signed(targets)
         counted = targets != self._ignore_index
         class_weights = self._class_weights()
         if class_weights is None:
@@ -289,8 +303,26 @@ def _declared_weight(normalization: Callable[[PyTree], Weight], micro_batch: Mic
                 f"normalization returned a tensor of shape {tuple(weight.shape)}; "
                 "it must return one number, the weight of the micro-batch"
             )
-        return _total(weight.detach().reshape(()))
-    return float(weight)
+        weight = _total(weight.detach().reshape(()))
+    else:
+        weight = float(weight)
+    if isinstance(weight, float) and not weight >= 0:
+        raise ValueError(
+            f"normalization returned {weight} for a micro-batch of {micro_batch.samples} samples; a "
+            "weight must be a number of at least 0"
+        )
+    return weight
+
+
+def _read(weights: list[Weight]) -> list[float]:
+    on_device = [weight for weight in weights if isinstance(weight, Tensor)]
+    values = iter(torch.stack(on_device).tolist() if on_device else ())
+    return [next(values) if isinstance(weight, Tensor) else weight for weight in weights]
+
+
+def _signed(targets: Tensor) -> Tensor:
+    """Bytes are classes, too, but no byte is -100: compared as a byte, that would be class 156."""
+    return targets.long() if targets.dtype == torch.uint8 else targets
 
 
 def _total(value: Tensor) -> Weight:

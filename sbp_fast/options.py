@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .batches import PyTree
-from .ops import BACKENDS
+from .ops import BACKENDS, GRADIENT_DTYPES
+from .parameters import Parameters
+
+# Wrappers whose gradients belong to several processes, by name: importing them all would take seconds.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 Normalization = str | Callable[[PyTree], "float | Tensor"]
 
@@ -86,7 +92,7 @@ def check_memory_budget(value: Any) -> None:
 def check_max_grad_norm(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise ValueError(
             f"max_grad_norm is {value!r}; it must be a number greater than 0, or None for no clipping"
         )
@@ -131,6 +137,51 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"the model has {len(parameters)} parameters, none of which requires a gradient; set "
             "requires_grad_(True) on what is to be trained"
+        )
+    for module in model.modules():
+        if not _WRAPPERS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+            raise NotImplementedError(
+                f"the model holds a {type(module).__name__}, which reduces gradients over processes; "
+                "that is not available yet: pass the plain model, call backward(), and all-reduce p.grad "
+                "before the optimizer's step"
+            )
+
+
+def check_parameters(
+    parameters: Parameters,
+    names: Sequence[str],
+    modules: tuple[nn.Module, ...],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Raises ValueError, TypeError or NotImplementedError for parameters that cannot be trained together.
+
+    Args:
+        names: of ``parameters.trainable``.
+        modules: the model first.
+    """
+    check_model(modules[0])
+    for parameter, name in zip(parameters.trainable, names, strict=True):
+        if is_traceable_wrapper_subclass(parameter):
+            raise NotImplementedError(
+                f"{name} is a {type(parameter).__name__}; sharded and wrapped parameters are not "
+                "available yet: train plain tensors"
+            )
+        if parameter.dtype not in GRADIENT_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {parameter.dtype}; it must be one of "
+                + ", ".join(map(str, GRADIENT_DTYPES))
+                + " to be trained (a complex one: as two real ones, and torch.view_as_complex in forward)"
+            )
+        if parameter.device != parameters.device:
+            raise ValueError(
+                f"{name} is on {parameter.device} but {names[0]} is on {parameters.device}; all "
+                "trainable parameters must be on one device"
+            )
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer holds no parameter of the model; make it from model.parameters() (and anew, "
+            "where the model's parameters were replaced)"
         )
 
 
@@ -177,4 +228,11 @@ def check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__}.step() demands a closure, which would compute the large batch "
+            "several times; use an optimizer that steps on gradients alone (SGD, AdamW), or call "
+            "backward() in a closure of your own"
         )

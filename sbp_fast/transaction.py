@@ -1,17 +1,17 @@
-"""What a step must put back when it does not complete: ``p.grad`` and the model's buffers."""
+"""What a step must put back when it does not complete: ``p.grad`` and the modules' buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
-# A buffer up to this size is copied at every step. Above it (a causal mask, a queue) only when its
-# version says that it has changed. The version is not enough for all, because batch norm's kernels
-# update running statistics without raising it.
+# A dense buffer up to this size is copied at every step. A larger one (a causal mask, a queue), or a
+# sparse one, only when its version says that it has changed. The version is not enough for all,
+# because batch norm's kernels update running statistics without raising it.
 _SMALL_BYTES = 1 << 20
 
 
@@ -20,15 +20,22 @@ class Transaction:
 
     Gradients are set aside, not copied: nobody writes to them during the step. Buffers (running
     statistics, say) are copied, into memory kept from step to step.
+
+    Args:
+        modules: the buffers of these and of all modules below them are put back, as are the names
+            under which they are registered. Modules may come and go between steps.
+        parameters: whose ``.grad`` is set aside.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Parameter]) -> None:
-        self._owners = [module for module in model.modules() if module._buffers]
+    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
+        self._roots = modules
         self._parameters = parameters
-        self._copies: dict[tuple[nn.Module, str], _BufferCopy] = {}
+        self._registered: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._copies: dict[int, _BufferCopy] = {}
         self._gradients: list[Tensor | None] = []
 
     def __enter__(self) -> Transaction:
+        self._registered = [(module, dict(module._buffers)) for module in _below(self._roots)]
         self._copy_buffers()
         self._gradients = [parameter.grad for parameter in self._parameters]
         self.clear_gradients()
@@ -42,51 +49,119 @@ class Transaction:
     ) -> None:
         if error is not None:
             self.roll_back()
-        self._gradients = []
+        self._registered, self._gradients = [], []
 
     def clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
     def roll_back(self) -> None:
-        """Puts gradients and buffers back as they were at the beginning."""
+        """Puts gradients and buffers back as they were at the beginning.
+
+        Warns of a buffer whose contents could not be put back: an error would hide the one that
+        ended the step.
+        """
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        for (module, name), copy in self._copies.items():
-            module._buffers[name] = copy.buffer
-        changed = [copy for copy in self._copies.values() if copy.may_differ()]
-        _copy_all([copy.buffer for copy in changed], [copy.contents for copy in changed])
-        for copy in changed:
-            copy.version = copy.buffer._version
+        for module, buffers in self._registered:
+            # In one go, for their order: it is the order of the state dict.
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for copy in self._copies.values():
+            if copy.may_differ():
+                copy.put_back()
 
     def _copy_buffers(self) -> None:
-        stale = []
-        for module in self._owners:
-            for name, buffer in module._buffers.items():
-                if buffer is None:
+        copies: dict[int, _BufferCopy] = {}
+        small: list[_BufferCopy] = []
+        others: list[_BufferCopy] = []
+        for _, buffers in self._registered:
+            for buffer in buffers.values():
+                if buffer is None or id(buffer) in copies:
                     continue
-                copy = self._copies.get((module, name))
-                if copy is None or copy.buffer is not buffer:
-                    self._copies[module, name] = _BufferCopy(buffer)
+                copy = self._copies.get(id(buffer))
+                if copy is None or copy.is_resized():
+                    copy = _BufferCopy(buffer)
+                elif copy.is_small:
+                    small.append(copy)
                 elif copy.may_differ():
-                    stale.append(copy)
-                    copy.version = buffer._version
-        _copy_all([copy.contents for copy in stale], [copy.buffer for copy in stale])
+                    others.append(copy)
+                copies[id(buffer)] = copy
+        # In a call of their own: it is fast where all are on one device, and copies of others are not.
+        _copy_all([copy.contents for copy in small], [copy.memory for copy in small])
+        for copy in others:
+            _copy_all([copy.contents], [copy.memory])
+            copy.version = _version(copy.buffer)
+        self._copies = copies
 
 
 class _BufferCopy:
     """A buffer, its contents at some time, and its version then."""
 
+    # A copy made in inference mode could never be written to outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.contents = buffer.detach().clone()
-        self.version = buffer._version
+        self.buffer = buffer  # held, so that no other tensor gets its id
+        self.memory = _without_repeats(buffer)
+        self.shape = self.memory.shape
+        self.is_small = buffer.layout is torch.strided and self.memory.nbytes <= _SMALL_BYTES
+        # A large copy waits in host memory: the device's is what this package is here to spare.
+        to_host = self.memory.is_cuda and not self.is_small
+        self.contents = self.memory.cpu() if to_host else self.memory.clone()
+        self.version = _version(buffer)
 
     def may_differ(self) -> bool:
-        return self.buffer.nbytes <= _SMALL_BYTES or self.version != self.buffer._version
+        return self.is_small or self.version != _version(self.buffer) or self.is_resized()
+
+    def is_resized(self) -> bool:
+        return self.memory.shape != self.shape
+
+    def put_back(self) -> None:
+        try:
+            if self.is_resized():
+                self.buffer.data = self.contents.to(self.buffer.device, copy=True)
+            else:
+                _copy_all([self.memory], [self.contents])
+            self.version = _version(self.buffer)
+        except RuntimeError as error:
+            shape = tuple(self.shape)
+            message = (
+                f"a buffer of shape {shape} was not put back after an incomplete step: {error}"
+            )
+            warnings.warn(message, stacklevel=2)
 
 
-@torch.no_grad()
+def _below(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """These and all modules below, each once; ``nn.Module.modules`` takes three times as long."""
+    found = dict.fromkeys(roots)
+    waiting = list(found)
+    for module in waiting:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return waiting
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """A view of each element once: an expanded tensor cannot be written to."""
+    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+        return tensor
+    sizes = [
+        min(size, 1) if stride == 0 else size
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return tensor.as_strided(sizes, tensor.stride())
+
+
+def _version(tensor: Tensor) -> int:
+    """Inference tensors have none: a large one counts as constant, as it is outside inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# Inference mode lets inference tensors be written to, and others as well.
+@torch.inference_mode()
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)

@@ -56,6 +56,15 @@ def why_not_on_cpu(backend: str) -> str:
     return ""
 
 
+@pytest.fixture(params=["autograd", "kernels"])
+def adding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which gradients add up under backend="auto" on the CPU: where nothing is chosen,
+    autograd adds those whose dtype allows it; where the environment chooses, kernels add all."""
+    if request.param == "kernels":
+        usable = not why_not_on_cpu("cpu")
+        monkeypatch.setenv("SBP_FAST_BACKEND", "cpu" if usable else "reference")
+
+
 @pytest.fixture(params=BACKENDS_ON_CPU)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can compute on CPU tensors; the others are skipped with their reason."""

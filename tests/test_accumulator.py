@@ -230,6 +230,7 @@ class TestEverySplit:
     @EVERY_CASE
     @SPLITS
     @DTYPES
+    @pytest.mark.usefixtures("adding")
     def test_gradient(self, case: Case, micro_batch_size: int, dtype: torch.dtype) -> None:
         model = case.model().to(dtype)
         inputs, targets = (cast(tree, dtype) for tree in case.batch())
@@ -281,6 +282,7 @@ class TestSteps:
     @pytest.mark.parametrize("name", ["sgd", "adamw"])
     @DTYPES
     @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+    @pytest.mark.usefixtures("adding")
     def test_twenty_steps(self, name: str, dtype: torch.dtype, max_grad_norm: float | None) -> None:
         def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
             groups = [
@@ -489,6 +491,48 @@ class TestContexts:
         accumulator = accumulator_for(model, loss_fn, normalization="mean")
         check_gradients(accumulator, model, oracle, inputs, targets)
 
+    def test_a_16_bit_loss_of_a_float32_model(self) -> None:
+        """Its share must scale the gradients as they are added, which autograd cannot: from the first
+        such loss on, all gradients go through the kernels."""
+        model, (inputs, targets) = mlp(), vectors()
+        calls: list[int] = []
+
+        def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+            calls.append(1)
+            loss = functional.cross_entropy(outputs, targets)
+            return loss.bfloat16() if len(calls) % 3 == 2 else loss
+
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
+        accumulator = accumulator_for(model, loss_fn, normalization="mean")
+        for _ in range(2):
+            result = accumulator.backward(inputs, targets)
+            assert_gradients_match(
+                gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
+            )
+            # The loss itself was rounded by loss_fn.
+            assert_close(result.loss, oracle.loss, tolerances.RELATIVE[torch.bfloat16])
+
+    def test_the_loss_is_summed_wider_than_its_dtype(self) -> None:
+        model = nn.Linear(6, 4).bfloat16()
+        inputs, targets = torch.randn(SAMPLES, 6).bfloat16(), torch.randint(4, (SAMPLES,))
+        loss_fn = nn.CrossEntropyLoss()
+        expected = sum(
+            float(loss_fn(model(x), y)) * len(y) / SAMPLES
+            for x, y in zip(inputs.split(5), targets.split(5), strict=True)
+        )
+        result = accumulator_for(model).backward(inputs, targets)
+        assert_close(result.loss, expected, tolerances.RELATIVE[torch.float64])
+
+    def test_a_gradient_wider_than_its_parameter(self) -> None:
+        model, (inputs, targets) = mlp().bfloat16(), vectors()
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs.bfloat16(), targets)
+        accumulator_for(model).backward(inputs.bfloat16(), targets)
+        gradients = gradients_of(model)
+        assert {g.dtype for g in gradients.values() if g is not None} == {torch.float32}
+        assert_gradients_match(gradients, oracle.gradients, tolerances.STEP[torch.bfloat16])
+
     def test_a_compiled_model(self) -> None:
         model, (inputs, targets) = mlp(), vectors()
         oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
@@ -551,6 +595,40 @@ class TestGradScaler:
         assert_gradients_match(
             gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
         )
+
+    def test_an_infinite_loss_is_no_success(self) -> None:
+        """Its gradient is finite: the scaler must neither lower nor raise its scale."""
+        model, (inputs, targets) = mlp(), vectors()
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        accumulator = accumulator_for(
+            model,
+            lambda outputs, targets: functional.cross_entropy(outputs, targets) + torch.inf,
+            grad_scaler=scaler,
+            normalization="mean",
+        )
+        assert accumulator.step(inputs, targets).skipped
+        assert scaler.get_scale() == 8.0
+
+    def test_an_exception_in_the_optimizer_leaves_the_scaler_as_it_was(self) -> None:
+        """A scaler that believed the gradients unscaled would let the next step go without."""
+        model, (inputs, targets) = mlp(), vectors()
+        oracle = full_batch_trajectory(model, sgd, nn.CrossEntropyLoss(), [(inputs, targets)])
+        optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        accumulator = accumulator_for(model, optimizer=optimizer, grad_scaler=scaler)
+
+        def fail(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = optimizer.register_step_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            accumulator.step(inputs, targets)
+        handle.remove()
+        accumulator.step(inputs, targets)
+        assert scaler.get_scale() == 2.0**12
+        for name, value in parameters_of(model).items():
+            expected = oracle.parameters[name]
+            error = float((value.double() - expected).norm())
+            assert error <= tolerances.STEP[torch.float32] * float(expected.norm())
 
     def test_an_overflow_skips_and_lowers_the_scale(self) -> None:
         model, (inputs, targets) = mlp(), vectors()
@@ -639,6 +717,19 @@ class TestInputs:
         assert result.samples == SAMPLES
         assert result.micro_batches == sum(-(-size // micro_batch_size) for size in sizes)
         assert result.micro_batch_size == min(micro_batch_size, max(sizes))
+
+    def test_a_generator_may_fill_one_buffer_again(self) -> None:
+        model, (inputs, targets) = mlp(), vectors()
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
+
+        def stream() -> Iterator[tuple[Tensor, Tensor]]:
+            x, y = torch.empty(3, 6), torch.empty(3, dtype=torch.int64)
+            for start in range(0, SAMPLES, 3):
+                x.copy_(inputs[start : start + 3])
+                y.copy_(targets[start : start + 3])
+                yield x, y
+
+        check_gradients(accumulator_for(model), model, oracle, stream(), None)
 
     @pytest.mark.parametrize("batch_size", [2, 8])
     def test_data_loader(self, batch_size: int) -> None:

@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -347,6 +348,11 @@ def two(count: int = SAMPLES) -> Iterator[tuple[Tensor, Tensor]]:
     yield vectors(count)
 
 
+@dataclass
+class Unsplit:
+    values: Tensor
+
+
 BATCHES: list[tuple[str, Callable[[], tuple[Any, ...]], type[Exception], str]] = [
     (
         "empty",
@@ -359,6 +365,25 @@ BATCHES: list[tuple[str, Callable[[], tuple[Any, ...]], type[Exception], str]] =
         lambda: (vectors()[0], vectors()[1][:7]),
         ValueError,
         "targets has 7 samples but inputs has 10; the first dimensions of inputs and targets must",
+    ),
+    (
+        "graph",
+        lambda: (vectors()[0] * torch.ones(6, requires_grad=True), vectors()[1]),
+        ValueError,
+        "inputs was computed with gradients, and each micro-batch would go back through its graph; "
+        "pass it with .detach()",
+    ),
+    (
+        "dataclass",
+        lambda: ({"input": vectors()[0], "more": Unsplit(torch.ones(10))}, vectors()[1]),
+        ValueError,
+        "inputs['more'] is a Unsplit, a dataclass whose tensors would not be split; pass a dict",
+    ),
+    (
+        "list_of_micro_batches",
+        lambda: ([vectors(), vectors()],),
+        ValueError,
+        "(a list of micro-batches is passed as iter(list))",
     ),
     (
         "leaf_lengths",
@@ -531,7 +556,7 @@ class TestBatches:
         )
         state = State(model, optimizer)
         with pytest.raises(
-            RuntimeError, match=r"parameter 0 .* only dense gradients .* sparse=False"
+            RuntimeError, match=r"parameter '0.weight' .* only dense gradients .* sparse=False"
         ):
             accumulator.step(torch.zeros(10, 1, dtype=torch.int64), vectors()[1])
         state.check()
@@ -715,7 +740,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 class TestLivingBesideAnAccumulator:
     def test_hooks_go_with_it(self) -> None:
-        trainer = Trainer()
+        trainer = Trainer(backend="reference")
         model = trainer.model
         assert has_hooks(model)
         del trainer

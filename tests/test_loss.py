@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sbp_fast import StepResult, StreamedAccumulator
-from sbp_fast.loss import read_contract
+from sbp_fast.batches import MicroBatch
+from sbp_fast.loss import LossContract, Shares, read_contract
 
 SAMPLES, CLASSES, POSITIONS = 11, 4, 3
 WEIGHTS = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
@@ -362,6 +363,18 @@ class TestDeclaredLosses:
         model, inputs = OwnLoss(6, 4).double(), randn(SAMPLES, 6)
         check(model, None, inputs, None, 4, normalization=lambda x: x[:, 0].abs().sum())
 
+    @pytest.mark.parametrize("weight", [-1.0, float("nan"), torch.tensor(-1.0)], ids=repr)
+    def test_a_callable_that_returns_no_weight(self, weight: Any) -> None:
+        with pytest.raises(ValueError, match="a weight must be a number of at least 0"):
+            run(
+                linear().double(),
+                functional.cross_entropy,
+                randn(SAMPLES, 6),
+                labels(),
+                4,
+                normalization=lambda _: weight,
+            )
+
     def test_a_callable_that_returns_no_number(self) -> None:
         with pytest.raises(
             ValueError, match=r"a tensor of shape \(4,\); it must return one number"
@@ -396,7 +409,45 @@ class TestDeclaredLosses:
             assert_gradients_match(gradients_of(model), oracle.gradients, 0.05)
 
 
+class TestTargets:
+    @streamed
+    @pytest.mark.parametrize(
+        "weight", [None, torch.rand(256, dtype=torch.float64)], ids=["", "weighted"]
+    )
+    def test_bytes_are_classes(self, weight: Tensor | None, stream: bool) -> None:
+        """As a byte, -100 is class 156."""
+        model = nn.Linear(6, 256).double()
+        targets = torch.randint(150, 160, (SAMPLES,), dtype=torch.uint8)
+        check(model, nn.CrossEntropyLoss(weight), randn(SAMPLES, 6), targets, 4, stream=stream)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_that_would_be_broadcast_are_refused(self, reduction: str) -> None:
+        model = nn.Linear(6, 1).double()
+        with pytest.raises(
+            ValueError, match=r"shape \(4, 1\) and targets of shape \(4,\) would be broadcast"
+        ):
+            run(model, nn.MSELoss(reduction=reduction), randn(SAMPLES, 6), randn(SAMPLES), 4)
+        assert model.weight.grad is None
+
+    def test_broadcast_within_a_sample(self) -> None:
+        model, loss_fn = linear().double(), nn.L1Loss()
+        with pytest.warns(UserWarning, match="target size"):
+            check(model, loss_fn, randn(SAMPLES, 6), randn(SAMPLES, 1), 4)
+
+    def test_probabilities_without_classes_are_refused_by_torch(self) -> None:
+        with pytest.raises(RuntimeError, match="expected"):
+            run(linear().double(), nn.CrossEntropyLoss(), randn(SAMPLES, 6), randn(SAMPLES), 4)
+
+
 class TestNothingCounts:
+    def test_a_first_piece_without_weight_that_stays_on_the_device(self) -> None:
+        """There its weight is a tensor, and not read."""
+        weights = iter([0.0, 3.0, 1.0])
+        contract = LossContract(weigh=lambda _: torch.tensor(next(weights), dtype=torch.float64))
+        shares = Shares(contract)
+        given = [shares.take(MicroBatch(None, None, 2)) for _ in range(3)]
+        assert [float(share * shares.remaining_scale()) for share in given] == [0.0, 0.75, 0.25]
+
     @streamed
     @pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
     def test_an_ignored_micro_batch(self, stream: bool, position: int) -> None:

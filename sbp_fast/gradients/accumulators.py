@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import ops
+from .hooks import GradientHooks
 
 # On CPU a gradient is added while it is still in the cache; only crumbs (biases, norms) wait for one
 # another, to share the cost of a call.
@@ -33,50 +34,70 @@ class _Bucket:
     bytes: int = 0
 
 
+def autograd_can_accumulate(parameter: Tensor) -> bool:
+    """Whether ``p.grad``, as autograd fills it, can be the accumulator.
+
+    It can on the CPU where its dtype is an accumulator's: adding in place moves the same bytes as our
+    kernel, and saves a Python hook per gradient, which costs 20 to 40 microseconds after a convolution
+    has emptied the caches of all else. Other devices want many gradients in one launch.
+    """
+    dtype = parameter.dtype
+    fits = dtype == parameter.grad_dtype == accumulator_dtype(dtype)
+    return fits and parameter.device.type == "cpu"
+
+
 class Accumulators:
     """Sums gradients over micro-batches, ``G = sum of G_i``, in place and one bucket at a time.
 
     The first gradient of a parameter becomes its accumulator where dtype and ownership allow it, so
     nothing is zeroed, allocated or copied for it. At most one bucket of gradients is alive beside the
-    accumulators.
-
-    Every gradient counts :attr:`scale` times; set it between flushes.
+    accumulators. What ``hooks`` does not watch, autograd sums in ``p.grad`` by itself.
 
     During the last micro-batch the passes also collect statistics: :attr:`statistics` (see
     :func:`sbp_fast.ops.new_statistics`) then describes the whole gradient.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], *, backend: str) -> None:
-        self._parameters = parameters
+    def __init__(self, hooks: GradientHooks, *, backend: str) -> None:
+        self._hooks = hooks
+        self._parameters = hooks.parameters
         self._backend = backend
-        device = parameters[0].device
+        device = self._parameters[0].device
         self._bucket_bytes = _bucket_bytes(device)
-        self._sums: list[Tensor | None] = [None] * len(parameters)
-        self._observed = [False] * len(parameters)
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+        self._observed = [False] * len(self._parameters)
         self._observed_twice = False
         self._observing = False
         self._bucket = _Bucket()
-        self.scale = 1.0
+        self._scale = 1.0
         self.statistics = ops.new_statistics(device)
+        # Somebody else's hook may take a gradient away, which only a hook of ours would notice.
+        hooks.watch([i for i in hooks.unwatched if self._parameters[i]._post_accumulate_grad_hooks])
+        self._unowned = sorted(hooks.unwatched)
+
+    @contextmanager
+    def collecting(self, scale: float) -> Iterator[None]:
+        """Around the backward pass of one micro-batch: takes its gradients, each ``scale`` times.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or another hook took it.
+        """
+        if scale != 1.0 and self._hooks.unwatched:
+            self._stop_autograd_from_adding()
+        self._scale = scale
+        with self._hooks.delivering_to(self._add):
+            yield
+        self._flush()
+        self._own_what_autograd_keeps()
 
     def observe(self) -> None:
         """From here on (the last micro-batch) passes collect statistics."""
         self._observing = True
 
-    def add(self, index: int, gradient: Tensor) -> None:
-        """Takes the gradient of parameter ``index``; the caller must not use it any more.
-
-        Raises:
-            RuntimeError: the gradient is sparse.
-        """
-        if gradient.layout is not torch.strided:
-            raise RuntimeError(
-                f"the gradient of parameter {index} (shape {tuple(gradient.shape)}) has layout "
-                f"{gradient.layout}; only dense gradients accumulate: use sparse=False"
-            )
+    def _add(self, index: int, gradient: Tensor) -> None:
+        self._check_dense(index, gradient)
         if index in self._bucket.indices:
             # Two gradients for one accumulator must not meet in one call.
-            self.flush()
+            self._flush()
         total = self._sums[index]
         bucket = self._bucket
         bucket.indices.add(index)
@@ -86,7 +107,7 @@ class Accumulators:
         if total is not None:
             bucket.additions.append((total, gradient))
         elif (
-            self.scale == 1.0
+            self._scale == 1.0
             and gradient.dtype == accumulator_dtype(gradient.dtype)
             and _owns_its_memory(gradient)
         ):
@@ -100,10 +121,9 @@ class Accumulators:
             bucket.stores.append((total, gradient))
         bucket.bytes += gradient.nbytes
         if bucket.bytes >= self._bucket_bytes:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        """Adds what waits."""
+    def _flush(self) -> None:
         bucket, self._bucket = self._bucket, _Bucket()
         statistics = self.statistics if self._observing else None
         for pairs, first_write in ((bucket.stores, True), (bucket.additions, False)):
@@ -112,7 +132,7 @@ class Accumulators:
                 ops.scale_accumulate_(
                     list(totals),
                     list(gradients),
-                    self.scale,
+                    self._scale,
                     first_write=first_write,
                     statistics=statistics,
                     backend=self._backend,
@@ -122,10 +142,36 @@ class Accumulators:
 
     def finish(self) -> list[Tensor | None]:
         """The accumulators, by parameter; None where no gradient came. The object holds none after."""
-        self.flush()
+        for index in self._hooks.unwatched:
+            self._sums[index] = self._parameters[index].grad
         self._complete_statistics()
         sums, self._sums = self._sums, [None] * len(self._parameters)
         return sums
+
+    def _own_what_autograd_keeps(self) -> None:
+        """Looks at each ``p.grad`` once, when it has appeared: the next gradients are added to it."""
+        for index in self._unowned:
+            gradient = self._parameters[index].grad
+            if gradient is not None:
+                self._check_dense(index, gradient)
+                if not _owns_its_memory(gradient):
+                    self._parameters[index].grad = gradient.clone()
+        self._unowned = [i for i in self._unowned if self._parameters[i].grad is None]
+
+    def _stop_autograd_from_adding(self) -> None:
+        # Autograd adds gradients as they are, never scaled.
+        for index in self._hooks.unwatched:
+            parameter = self._parameters[index]
+            self._sums[index], parameter.grad = parameter.grad, None
+        self._hooks.watch(range(len(self._parameters)))
+        self._unowned = []
+
+    def _check_dense(self, index: int, gradient: Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self._hooks.names[index]} (shape {tuple(gradient.shape)}) has layout "
+                f"{gradient.layout}; only dense gradients accumulate: use sparse=False"
+            )
 
     def _complete_statistics(self) -> None:
         # A parameter that the last micro-batch did not use was not seen by the last pass; one whose

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import ops
 
@@ -30,7 +29,7 @@ class Finaliser:
 
     def write(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Sequence[Tensor],
         accumulators: list[Tensor | None],
         scale: float | Tensor,
         norm: Tensor,
@@ -49,8 +48,10 @@ class Finaliser:
             source, accumulators[index] = accumulators[index], None
             if source is None:
                 continue
-            fits = source.dtype == parameter.dtype
-            output = source if fits else torch.empty_like(source, dtype=parameter.dtype)
+            # What autograd allows p.grad to be; None allows anything.
+            dtype = parameter.grad_dtype or parameter.dtype
+            fits = source.dtype == dtype
+            output = source if fits else torch.empty_like(source, dtype=dtype)
             parameter.grad = output
             if fits and not changes:
                 continue
@@ -63,12 +64,12 @@ class Finaliser:
                 del source
         self._write_group(outputs, sources, scale, norm if clips else None)
 
-    def check_narrowed(self, parameters: Sequence[Parameter], statistics: Tensor) -> None:
+    def check_narrowed(self, parameters: Sequence[Tensor], statistics: Tensor) -> None:
         """Sets ``statistics[2]`` where a finite sum became infinite in float16, whose range is small."""
         narrowed = [
             parameter.grad
             for parameter in parameters
-            if parameter.grad is not None and parameter.dtype == torch.float16
+            if parameter.grad is not None and parameter.grad.dtype == torch.float16
         ]
         ops.gradient_statistics_(narrowed, statistics, backend=self.backend)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 Receiver = Callable[[int, Tensor], None]
@@ -19,21 +18,36 @@ class GradientHooks:
     They stay installed between steps, where they cost one comparison per gradient: installing and
     removing them each time would cost a small model a noticeable part of its step. They go when
     :meth:`remove` is called or this object is collected.
+
+    Attributes:
+        parameters: all parameters, watched or not.
+        names: what errors call them.
+        unwatched: positions of those without a hook: autograd adds up their gradients in ``p.grad``.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], names: Sequence[str], unwatched: Iterable[int]
+    ) -> None:
+        self.parameters = parameters
+        self.names = names
+        self.unwatched = set(range(len(parameters)))
         self._slot: list[Receiver | None] = [None]
         # The closures must not own this object: a parameter would keep it alive for ever.
-        handles = [
-            parameter.register_post_accumulate_grad_hook(_make_hook(index, self._slot))
-            for index, parameter in enumerate(parameters)
-        ]
-        self._finalizer = weakref.finalize(self, _remove_all, handles)
+        self._handles: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self.watch(self.unwatched.difference(unwatched))
+
+    def watch(self, positions: Iterable[int]) -> None:
+        """Installs hooks where there are none yet."""
+        for position in sorted(self.unwatched.intersection(positions)):
+            hook = _make_hook(position, self.names[position], self._slot)
+            self._handles.append(self.parameters[position].register_post_accumulate_grad_hook(hook))
+            self.unwatched.remove(position)
 
     @contextmanager
     def delivering_to(self, receiver: Receiver) -> Iterator[None]:
-        """While inside, every finished gradient goes to ``receiver(index, gradient)`` and leaves
-        ``p.grad``."""
+        """While inside, every finished gradient of a watched parameter goes to
+        ``receiver(position, gradient)`` and leaves ``p.grad``."""
         self._slot[0] = receiver
         try:
             yield
@@ -44,7 +58,7 @@ class GradientHooks:
         self._finalizer()
 
 
-def _make_hook(index: int, slot: list[Receiver | None]) -> Callable[[Tensor], None]:
+def _make_hook(position: int, name: str, slot: list[Receiver | None]) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         receiver = slot[0]
         if receiver is None:
@@ -52,12 +66,11 @@ def _make_hook(index: int, slot: list[Receiver | None]) -> Callable[[Tensor], No
         gradient = parameter.grad
         if gradient is None:
             raise RuntimeError(
-                f"another hook has taken the gradient of parameter {index} (shape "
-                f"{tuple(parameter.shape)}) before it could be accumulated; remove that hook, or let "
-                "it act after step()"
+                f"another hook has taken the gradient of {name} (shape {tuple(parameter.shape)}) before "
+                "it could be accumulated; remove that hook, or let it act after step()"
             )
         parameter.grad = None
-        receiver(index, gradient)
+        receiver(position, gradient)
 
     return hook
 

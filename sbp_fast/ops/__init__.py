@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .backends import BACKENDS, BackendUnavailableError, availability, operator, resolve
-from .checks import STATISTICS_SIZE
+from .backends import (
+    BACKENDS,
+    BackendUnavailableError,
+    availability,
+    is_automatic,
+    operator,
+    resolve,
+)
+from .checks import GRADIENT_DTYPES, STATISTICS_SIZE
 
 __all__ = [
     "BACKENDS",
+    "GRADIENT_DTYPES",
     "BackendUnavailableError",
     "availability",
     "finalise_",
     "gradient_statistics_",
+    "is_automatic",
     "new_statistics",
     "resolve",
     "scale_accumulate_",

@@ -47,6 +47,11 @@ def availability(backend: str) -> Availability:
     return Availability(True, "")
 
 
+def is_automatic(backend: str) -> bool:
+    """Whether nobody has chosen: neither the caller nor the environment."""
+    return backend == "auto" and os.environ.get("SBP_FAST_BACKEND", "auto") == "auto"
+
+
 def resolve(backend: str, device_type: str) -> str:
     """The backend that serves tensors on ``device_type``: never ``"auto"``.
 

@@ -52,7 +52,8 @@ class PinnedRing:
         slot = self._slots[(self._next - 1) % _SLOTS]
         source = rows if rows.is_pinned() else self._stage(slot, rows)
         main = torch.cuda.current_stream(self._device)
-        arrived = torch.empty(rows.shape, dtype=rows.dtype, device=self._device)
+        # In the layout of the rows (channels_last, say).
+        arrived = torch.empty_like(rows, device=self._device)
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
             arrived.copy_(source, non_blocking=True)
@@ -68,9 +69,15 @@ class PinnedRing:
         torch.cuda.current_stream(self._device).wait_event(slot.copied)
 
     def join(self) -> None:
-        """Makes the main stream wait for every copy, so that memory of an abandoned micro-batch is not
-        reused under a copy still on its way."""
+        """Ends the large batch.
+
+        The main stream waits for every copy, so that memory of an abandoned micro-batch is not reused
+        under a copy still on its way. So does the host, because copies read pinned memory of the
+        caller's, who may fill it again.
+        """
         torch.cuda.current_stream(self._device).wait_stream(self._side)
+        for slot in self._slots:
+            slot.copied.synchronize()
 
     def _stage(self, slot: _Slot, rows: Tensor) -> Tensor:
         size = rows.nbytes
@@ -78,6 +85,7 @@ class PinnedRing:
             slot.buffers.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
         elif slot.buffers[slot.used].nbytes < size:
             slot.buffers[slot.used] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        staged = slot.buffers[slot.used][:size].view(rows.dtype).view(rows.shape)
+        dense = torch.empty_like(rows, device="meta")
+        staged = slot.buffers[slot.used][:size].view(rows.dtype)
         slot.used += 1
-        return staged.copy_(rows)
+        return staged.as_strided(dense.shape, dense.stride()).copy_(rows)

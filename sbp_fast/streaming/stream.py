@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..batches import MicroBatch, PyTree, as_tensor
+from ..batches import MicroBatch, as_tensor
 from .pinned_ring import PinnedRing
 
 
 class Arrival(NamedTuple):
-    """A micro-batch on the device, and whether it is the last of its large batch."""
+    """A micro-batch on the device, and whether it is known to be the last of its large batch."""
 
     micro_batch: MicroBatch
     is_last: bool
@@ -26,25 +26,37 @@ def stream_to(
 ) -> Iterator[Arrival]:
     """Yields micro-batches with their tensors on ``device``, in order.
 
-    One micro-batch is always sent ahead: its copy is enqueued before the caller gets the one before it,
-    so that it travels while that one computes. On the CPU nothing travels: tensors are handed on as they
-    are, and NumPy rows become tensors.
+    To a CUDA device one micro-batch is always sent ahead: its copy is enqueued before the caller gets
+    the one before it, so that it travels while that one computes. Elsewhere nothing travels and nothing
+    is read ahead: NumPy rows become tensors, and the last item of a stream is not known to be the last.
 
     Args:
         ring: where host memory is staged for a CUDA device; None for other devices.
     """
+    if ring is not None:
+        return _send_ahead(device, micro_batches, ring)
+    return _hand_on(device, micro_batches)
+
+
+def _hand_on(device: torch.device, micro_batches: Iterable[MicroBatch]) -> Iterator[Arrival]:
+    last = len(micro_batches) if isinstance(micro_batches, Sized) else None
+    for position, micro_batch in enumerate(micro_batches, start=1):
+        yield Arrival(_moved(micro_batch, device, None), is_last=position == last)
+
+
+def _send_ahead(
+    device: torch.device, micro_batches: Iterable[MicroBatch], ring: PinnedRing
+) -> Iterator[Arrival]:
     remaining = iter(micro_batches)
     try:
         following = _send_next(device, remaining, ring)
         while following is not None:
             sent = following
             following = _send_next(device, remaining, ring)
-            if ring is not None:
-                ring.wait_for(sent.ticket)
+            ring.wait_for(sent.ticket)
             yield Arrival(sent.micro_batch, is_last=following is None)
     finally:
-        if ring is not None:
-            ring.join()
+        ring.join()
 
 
 class _Sent(NamedTuple):
@@ -53,13 +65,18 @@ class _Sent(NamedTuple):
 
 
 def _send_next(
-    device: torch.device, remaining: Iterator[MicroBatch], ring: PinnedRing | None
+    device: torch.device, remaining: Iterator[MicroBatch], ring: PinnedRing
 ) -> _Sent | None:
     micro_batch = next(remaining, None)
     if micro_batch is None:
         return None
-    ticket = 0
+    ticket = ring.open()
+    sent = _Sent(_moved(micro_batch, device, ring), ticket)
+    ring.close()
+    return sent
 
+
+def _moved(micro_batch: MicroBatch, device: torch.device, ring: PinnedRing | None) -> MicroBatch:
     def move(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = as_tensor(leaf)
@@ -69,13 +86,7 @@ def _send_next(
             return ring.send(leaf)
         return leaf.to(device)
 
-    if ring is not None:
-        ticket = ring.open()
-
-    def move_tree(tree: PyTree) -> PyTree:
-        return pytree.tree_map(move, tree)
-
-    inputs, targets = move_tree(micro_batch.inputs), move_tree(micro_batch.targets)
-    if ring is not None:
-        ring.close()
-    return _Sent(MicroBatch(inputs, targets, micro_batch.samples), ticket)
+    inputs, targets = (
+        pytree.tree_map(move, tree) for tree in (micro_batch.inputs, micro_batch.targets)
+    )
+    return MicroBatch(inputs, targets, micro_batch.samples)

@@ -106,7 +106,9 @@ class StreamedAccumulator:
         """One large batch: stream, accumulate, update, zero.
 
         Equal to ``loss_fn(model(inputs), targets).backward(); optimizer.step(); optimizer.zero_grad()``
-        on the whole batch, for models whose samples do not depend on one another.
+        on the whole batch, for models whose samples do not depend on one another. ``p.grad`` is cleared
+        on every parameter of the model, the loss and the optimizer: where several optimizers train one
+        model, call :meth:`backward` and step each.
 
         A loss or gradient that is not finite makes no update: the step is skipped,
         ``result.skipped`` is True, and parameters, buffers, optimizer state and ``p.grad`` are as they
@@ -161,11 +163,12 @@ class StreamedAccumulator:
         options.check_gradients_possible()
         parameters = find_parameters(self._modules, self._optimizer)
         if parameters.state != self._parameters.state:
-            self._hooks.remove()
+            before = self._hooks
             self._prepare_for(parameters)
+            before.remove()
 
     def _prepare_for(self, parameters: Parameters) -> None:
-        """Everything that depends on which parameters there are, and where."""
+        """Everything that depends on which parameters there are, and where; nothing, if refused."""
         names = names_of(parameters.trainable, self._modules)
         options.check_parameters(parameters, names, self._modules, self._optimizer)
         device = parameters.device

@@ -399,6 +399,27 @@ class TestDeclaredLosses:
             normalization="tokens",
         )
 
+    def test_labels_that_the_model_shifts(self) -> None:
+        """As the README says: the denominator is of the labels that remain."""
+
+        class Causal(Positions):
+            def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+                logits = super().forward(x)
+                return functional.cross_entropy(logits[:, :, :-1], labels[:, 1:])
+
+        model = Causal().double()
+        batch = {"x": randn(SAMPLES, 6), "labels": some_ignored(-100)()}
+        oracle = full_batch(model, None, batch)
+        accumulator = StreamedAccumulator(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            None,
+            micro_batch_size=3,
+            normalization=lambda batch: (batch["labels"][:, 1:] != -100).sum(),
+        )
+        accumulator.backward(batch)
+        assert_gradients_match(gradients_of(model), oracle.gradients, BOUND)
+
     def test_dividing_by_the_number_of_micro_batches_would_be_wrong(self) -> None:
         """The classic bug, and that these tests would see it."""
         make_model, make_targets, loss_fn = KNOWN["cross_entropy_positions"]

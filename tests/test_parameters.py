@@ -143,6 +143,21 @@ class TestChanges:
             assert {g.dtype for g in gradients.values() if g is not None} == {dtype}
             assert_gradients_match(gradients, oracle.gradients, tolerances.STEP[dtype])
 
+    @pytest.mark.usefixtures("adding")
+    def test_a_change_that_is_refused_and_taken_back(self) -> None:
+        model = nn.Linear(6, 4)
+        accumulator = accumulator_for(model)
+        model.requires_grad_(False)
+        with pytest.raises(ValueError, match="none of which requires a gradient"):
+            accumulator.step(*vectors())
+        model.requires_grad_(True)
+        inputs, targets = vectors()
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
+        accumulator.backward(inputs, targets)
+        assert_gradients_match(
+            gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
+        )
+
     def test_parameters_that_join_the_optimizer(self) -> None:
         model, extra = nn.Linear(6, 4), torch.zeros(4, requires_grad=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -36,9 +36,9 @@ inline int dtype_index(torch::headeronly::ScalarType dtype) {
 
 struct KernelTable {
   const char* instruction_set;
-  // [accumulator dtype][gradient dtype][first write][statistics][streaming stores]. Streaming stores
-  // bypass the caches: right when the accumulators are larger than those, since a plain store would
-  // first read the line that it is about to overwrite.
+  // [accumulator dtype][gradient dtype][first write][statistics][streaming stores]. Streaming
+  // stores bypass the caches: right when the accumulators are larger than those, since a plain
+  // store would first read the line that it is about to overwrite.
   AccumulateKernel accumulate[kAccumulatorDtypeCount][kGradientDtypeCount][2][2][2];
   StatisticsKernel statistics[kGradientDtypeCount];
   // [output dtype][accumulator dtype]

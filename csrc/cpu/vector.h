@@ -62,8 +62,9 @@ inline void finish_streaming() {
 #endif
 }
 
-// Asks for the memory that a walk will reach in kPrefetchBytes. The processor's own prefetchers stop
-// at every page, and arithmetic between the loads leaves it too few of them in flight to hide that.
+// Asks for the memory that a walk will reach in kPrefetchBytes. The processor's own prefetchers
+// stop at every page, and arithmetic between the loads leaves it too few of them in flight to hide
+// that.
 inline constexpr int kPrefetchBytes = 1024;
 
 template <bool kForWriting>

@@ -40,7 +40,7 @@ inline ScaleAccumulateArguments read_scale_accumulate(StableIValue* stack) {
                kAccumulatorDtypes);
   check_dtypes(op, "gradients", arguments.gradients, is_gradient_dtype, kGradientDtypes);
   check_written(op, "accumulators", arguments.accumulators);
-  check_separate(op, "accumulators", arguments.accumulators);
+  check_separate(op, "accumulators", arguments.accumulators, "gradients", arguments.gradients);
   if (arguments.statistics) check_statistics(op, *arguments.statistics, arguments.accumulators);
   return arguments;
 }
@@ -84,7 +84,7 @@ inline FinaliseArguments read_finalise(StableIValue* stack) {
   check_dtypes(op, "accumulators", arguments.accumulators, is_accumulator_dtype,
                kAccumulatorDtypes);
   check_written(op, "outputs", arguments.outputs);
-  check_separate(op, "outputs", arguments.outputs);
+  check_separate(op, "outputs", arguments.outputs, "accumulators", arguments.accumulators);
   check_scalar(op, "scale", arguments.scale, arguments.accumulators);
   STD_TORCH_CHECK(arguments.norm.has_value() == arguments.max_norm.has_value(), op,
                   ": norm and max_norm go together, got ",

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -46,17 +47,20 @@ struct TensorView {
   int32_t device_index = 0;
   bool strided = false;
   bool contiguous = false;
+  // Null until a check has asked for them.
+  const void* known_data = nullptr;
+  void* known_mutable_data = nullptr;
 
   template <typename T>
   const T* const_data() const {
-    const void* data = nullptr;
-    SBP_FAST_CHECK(torch_get_const_data_ptr(handle.get(), &data));
+    const void* data = known_data;
+    if (!data) SBP_FAST_CHECK(torch_get_const_data_ptr(handle.get(), &data));
     return static_cast<const T*>(data);
   }
   template <typename T>
   T* mutable_data() const {
-    void* data = nullptr;
-    SBP_FAST_CHECK(torch_get_mutable_data_ptr(handle.get(), &data));
+    void* data = known_mutable_data;
+    if (!data) SBP_FAST_CHECK(torch_get_mutable_data_ptr(handle.get(), &data));
     return static_cast<T*>(data);
   }
 };
@@ -187,13 +191,17 @@ inline bool is_gradient_dtype(ScalarType dtype) {
   return is_accumulator_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+template <typename... Name>
+void check_layout(const char* op, const TensorView& tensor, const Name&... name) {
+  STD_TORCH_CHECK(tensor.strided, op, ": ", name...,
+                  " is not in the layout torch.strided; it must be dense, call .to_dense() on it "
+                  "first");
+}
+
 inline void check_dtypes(const char* op, const char* name, const TensorViews& tensors,
                          bool (*allowed)(ScalarType), const char* allowed_text) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    STD_TORCH_CHECK(
-        tensors[i].strided, op, ": ", name, "[", i,
-        "] is not in the layout torch.strided; it must be dense, call .to_dense() on it "
-        "first");
+    check_layout(op, tensors[i], name, "[", i, "]");
     STD_TORCH_CHECK(allowed(tensors[i].dtype), op, ": ", name, "[", i, "] has dtype ",
                     dtype_text(tensors[i].dtype), "; it must be one of ", allowed_text);
   }
@@ -255,29 +263,82 @@ inline void check_written(const char* op, const char* name, const TensorViews& t
   }
 }
 
-// Chunks are written in no particular order, so no two written tensors may share memory. Tensors
-// with gaps may be interleaved and pass unchecked.
-inline void check_separate(const char* op, const char* name, const TensorViews& tensors) {
-  struct Range {
-    const char* begin;
-    const char* end;
-    size_t index;
-  };
-  std::vector<Range> ranges;
-  ranges.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorView& tensor = tensors[i];
-    if (!tensor.contiguous || tensor.numel == 0) continue;
-    const auto* begin = tensor.const_data<char>();
-    ranges.push_back({begin, begin + tensor.numel * bytes_per_element(tensor.dtype), i});
+// True where both are the very same elements: an op in place, element by element.
+inline bool is_same_memory(const TensorView& a, const TensorView& b) {
+  if (a.known_data != b.known_data || a.dtype != b.dtype) return false;
+  if (a.contiguous && b.contiguous) return true;
+  for (int64_t d = 0; d < a.dim; ++d) {
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
   }
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    STD_TORCH_CHECK(ranges[i - 1].end <= ranges[i].begin, op, ": ", name, "[",
-                    std::min(ranges[i - 1].index, ranges[i].index), "] and ", name, "[",
-                    std::max(ranges[i - 1].index, ranges[i].index),
-                    "] share memory; pass each tensor once");
+  return true;
+}
+
+// A stretch of memory. Positions count through the list of what is written, then through that of
+// what is read.
+struct MemoryRange {
+  const char* begin;
+  const char* end;
+  size_t position;
+};
+
+// A tensor with gaps may be interleaved with others: only its first element is sure to be its own.
+inline MemoryRange range_of(const TensorView& tensor, size_t position) {
+  const auto* begin = static_cast<const char*>(tensor.known_data);
+  const int64_t elements = is_dense(tensor) ? tensor.numel : 1;
+  return {begin, begin + elements * bytes_per_element(tensor.dtype), position};
+}
+
+// Names the range at `current` and the first before it that it must not meet.
+[[noreturn]] inline void refuse_shared(const char* op, const char* written_name,
+                                       size_t written_count, const char* read_name,
+                                       const std::vector<MemoryRange>& ranges, size_t current) {
+  const MemoryRange& range = ranges[current];
+  const auto is_written = [&](const MemoryRange& any) { return any.position < written_count; };
+  const MemoryRange& other = *std::find_if(ranges.begin(), ranges.end(), [&](const auto& earlier) {
+    return earlier.end > range.begin && (is_written(earlier) || is_written(range));
+  });
+  const size_t first = std::min(range.position, other.position);
+  const size_t second = std::max(range.position, other.position);
+  STD_TORCH_CHECK(second >= written_count, op, ": ", written_name, "[", first, "] and ",
+                  written_name, "[", second, "] share memory; pass each tensor once");
+  STD_TORCH_CHECK(false, op, ": ", written_name, "[", first, "] and ", read_name, "[",
+                  second - written_count, "] share memory; pass a .clone() of ", read_name, "[",
+                  second - written_count, "]");
+  std::abort();  // unreachable: the check above throws
+}
+
+// Chunks are written in no particular order, so what is written may share memory with nothing but
+// its own counterpart, element by element. One sort of all ranges finds the rest.
+inline void check_separate(const char* op, const char* written_name, TensorViews& written,
+                           const char* read_name, TensorViews& read) {
+  std::vector<MemoryRange> ranges;
+  ranges.reserve(written.size() + read.size());
+  // For writing, and before what is read: a copy that PyTorch put off is made now, elsewhere.
+  for (size_t i = 0; i < written.size(); ++i) {
+    TensorView& tensor = written[i];
+    tensor.known_data = tensor.known_mutable_data = tensor.mutable_data<void>();
+    if (tensor.numel > 0) ranges.push_back(range_of(tensor, i));
+  }
+  for (size_t i = 0; i < read.size(); ++i) {
+    TensorView& tensor = read[i];
+    tensor.known_data = tensor.const_data<void>();
+    if (tensor.numel == 0 || is_same_memory(written[i], tensor)) continue;
+    ranges.push_back(range_of(tensor, written.size() + i));
+  }
+  const auto is_before = [](const MemoryRange& a, const MemoryRange& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.position < b.position;
+  };
+  std::sort(ranges.begin(), ranges.end(), is_before);
+  const char* written_end = nullptr;
+  const char* any_end = nullptr;
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const MemoryRange& range = ranges[i];
+    const bool is_written = range.position < written.size();
+    if (range.begin < (is_written ? any_end : written_end)) {
+      refuse_shared(op, written_name, written.size(), read_name, ranges, i);
+    }
+    any_end = std::max(any_end, range.end);
+    if (is_written) written_end = std::max(written_end, range.end);
   }
 }
 
@@ -293,6 +354,7 @@ inline constexpr int64_t kStatisticsSize = 3;
 
 inline void check_statistics(const char* op, const TensorView& statistics,
                              const TensorViews& tensors) {
+  check_layout(op, statistics, "statistics");
   STD_TORCH_CHECK(statistics.dtype == ScalarType::Double && statistics.dim == 1 &&
                       statistics.numel == kStatisticsSize && statistics.contiguous,
                   op, ": statistics is a ", dtype_text(statistics.dtype), " tensor of shape ",
@@ -303,6 +365,7 @@ inline void check_statistics(const char* op, const TensorView& statistics,
 
 inline void check_scalar(const char* op, const char* name, const TensorView& value,
                          const TensorViews& tensors) {
+  check_layout(op, value, name);
   STD_TORCH_CHECK(value.dtype == ScalarType::Double && value.dim == 0, op, ": ", name, " is a ",
                   dtype_text(value.dtype), " tensor of shape ", shape_text(value.sizes, value.dim),
                   "; it must be a torch.float64 tensor of no dimensions");

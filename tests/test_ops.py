@@ -24,6 +24,7 @@ from sbp_fast.ops import (
     gradient_statistics_,
     new_statistics,
     scale_accumulate_,
+    schemas,
 )
 from sbp_fast.ops.native import Availability, load_cpu
 
@@ -368,6 +369,9 @@ def scalar(value: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 A, G = torch.ones(3), torch.full((3,), 2.0)
+# A place for tensors that share memory in the cases below.
+B = torch.arange(24.0)
+LAST = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
 
 # What is called, with what, and the words of the refusal.
 REFUSED: dict[str, tuple[Callable[..., None], list[Any], dict[str, Any], str]] = {
@@ -505,6 +509,96 @@ REFUSED: dict[str, tuple[Callable[..., None], list[Any], dict[str, Any], str]] =
         {"norm": scalar(), "max_norm": -1.0},
         "it must be greater than 0",
     ),
+    "sparse_scale": (
+        finalise_,
+        [[A], [G], scalar().to_sparse()],
+        {},
+        "scale is not in the layout torch.strided; it must be dense, call .to_dense() on it first",
+    ),
+    "sparse_norm": (
+        finalise_,
+        [[A], [G]],
+        {"norm": scalar().to_sparse(), "max_norm": 1.0},
+        "norm is not in the layout torch.strided; it must be dense, call .to_dense() on it first",
+    ),
+    "sparse_statistics": (
+        gradient_statistics_,
+        [[G], new_statistics().to_sparse()],
+        {},
+        "statistics is not in the layout torch.strided; it must be dense, call .to_dense() on it",
+    ),
+    "accumulator_twice": (
+        scale_accumulate_,
+        [[A, A], [G, G], 1.0],
+        {},
+        "accumulators[0] and accumulators[1] share memory; pass each tensor once",
+    ),
+    "channels_last_twice": (
+        scale_accumulate_,
+        [[A, LAST, LAST], [G, LAST.clone(), LAST.clone()], 1.0],
+        {},
+        "accumulators[1] and accumulators[2] share memory; pass each tensor once",
+    ),
+    "transposed_twice": (
+        scale_accumulate_,
+        [[B[:12].view(3, 4).t(), B[:12].view(3, 4)], [torch.ones(4, 3), torch.ones(3, 4)], 1.0],
+        {},
+        "accumulators[0] and accumulators[1] share memory; pass each tensor once",
+    ),
+    "gaps_twice": (
+        scale_accumulate_,
+        [[B[::2], B[::2]], [torch.ones(12), torch.ones(12)], 1.0],
+        {},
+        "accumulators[0] and accumulators[1] share memory; pass each tensor once",
+    ),
+    "a_range_within_a_range": (  # the neighbours in the order of addresses are apart
+        scale_accumulate_,
+        [[B[9:12], B[:12], B[3:6]], [G, torch.ones(12), G], 1.0],
+        {},
+        "accumulators[1] and accumulators[2] share memory; pass each tensor once",
+    ),
+    "output_over_accumulator": (
+        finalise_,
+        [[B[1:8]], [B[0:7]]],
+        {},
+        "outputs[0] and accumulators[0] share memory; pass a .clone() of accumulators[0]",
+    ),
+    "output_over_another_accumulator": (
+        finalise_,
+        [[A, B[:4]], [B[1:4], torch.ones(4)]],
+        {},
+        "outputs[1] and accumulators[0] share memory; pass a .clone() of accumulators[0]",
+    ),
+    "output_and_accumulator_change_places": (
+        finalise_,
+        [[B[:3], B[3:6]], [B[3:6], B[:3]]],
+        {},
+        "outputs[0] and accumulators[1] share memory; pass a .clone() of accumulators[1]",
+    ),
+    "output_is_the_transpose": (
+        finalise_,
+        [[B[:9].view(3, 3).t()], [B[:9].view(3, 3)]],
+        {},
+        "outputs[0] and accumulators[0] share memory; pass a .clone() of accumulators[0]",
+    ),
+    "output_in_the_same_place_of_another_dtype": (
+        finalise_,
+        [[B.view(torch.bfloat16)[:24]], [B]],
+        {},
+        "outputs[0] and accumulators[0] share memory; pass a .clone() of accumulators[0]",
+    ),
+    "gradient_over_accumulator": (
+        scale_accumulate_,
+        [[B[4:8]], [B[5:6].expand(4)], 1.0],
+        {},
+        "accumulators[0] and gradients[0] share memory; pass a .clone() of gradients[0]",
+    ),
+    "accumulator_within_gradients": (
+        scale_accumulate_,
+        [[A, B[4:7]], [B[2:5], G], 1.0],
+        {},
+        "accumulators[1] and gradients[0] share memory; pass a .clone() of gradients[0]",
+    ),
     "expanded_output": (
         finalise_,
         [[torch.ones(1).expand(3)], [G]],
@@ -543,13 +637,21 @@ class TestRefusedCalls:
         assert torch.equal(accumulator, torch.ones(3))
         assert statistics.tolist() == [0.0, 0.0, 0.0]
 
-    def test_accumulators_that_share_memory(self, backend: str) -> None:
-        accumulator = torch.ones(3)
-        with pytest.raises(
-            RuntimeError, match=r"accumulators\[0\] and accumulators\[1\] share memory"
-        ):
-            scale_accumulate_([accumulator, accumulator], [G, G], 1.0, backend=backend)
-        assert torch.equal(accumulator, torch.ones(3))
+    def test_what_shares_no_element_is_accepted(self, backend: str) -> None:
+        """Interleaved, one after another, in place, read twice, or empty."""
+        held = torch.arange(12.0)
+        even, odd, whole = held[::2], held[1::2], torch.arange(12.0)
+        pairs = [(even, odd.clone()), (odd, odd.clone()), (whole[:6], whole[:6])]
+        pairs += [(whole[6:9], G), (whole[9:], G), (whole[3:3], whole[3:3])]
+        expected = [written + 2 * read for written, read in pairs]
+        scale_accumulate_(*map(list, zip(*pairs, strict=True)), 2.0, backend=backend)
+        assert all(torch.equal(pair[0], sum_) for pair, sum_ in zip(pairs, expected, strict=True))
+
+    def test_no_sparse_kernel_returns(self) -> None:
+        """Whatever the checks might let pass one day."""
+        kernel = schemas._refuse_sparse("gradient_statistics_")
+        with pytest.raises(RuntimeError, match=r"gradient_statistics_: .* sparse; call .to_dense"):
+            kernel([G], new_statistics())
 
 
 class TestChoiceOfBackend:

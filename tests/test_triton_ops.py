@@ -126,13 +126,3 @@ class TestChunkTable:
         high = -(2**40)  # 0xffffff0000000000, as a signed integer
         rows, _ = self.plan([(high, high, CHUNK + 1, 0)], [[4, 2]])
         assert rows[:, 0].view(np.uint64).tolist() == [2**64 - 2**40, 2**64 - 2**40 + 4 * CHUNK]
-
-    def test_find_shared(self) -> None:
-        def find(*spans: tuple[int, int]) -> tuple[int, int] | None:
-            return chunk_table.find_shared(*np.array(spans, np.int64).T)
-
-        assert find((64, 64), (0, 64), (128, 4)) is None
-        assert find((64, 65), (0, 64), (128, 4)) == (0, 2)
-        assert find((64, 64), (0, 64), (64, 64)) == (0, 2)
-        assert find((0, 0), (0, 0), (0, 8)) is None
-        assert find((64, 64), (80, 0), (0, 8)) is None

@@ -58,8 +58,9 @@ def scale_accumulate_(
 
     Args:
         accumulators: float32 or float64 tensors, written in place. Any layout whose elements do not
-            share memory.
-        gradients: float32, float64, bfloat16 or float16 tensors of the same shapes, in any layout.
+            share memory, and no two accumulators may.
+        gradients: float32, float64, bfloat16 or float16 tensors of the same shapes, in any layout,
+            apart from the accumulators' memory (only ``accumulators[i]`` itself may be ``gradients[i]``).
             Where an accumulator and its gradient have equal strides the pass is flat and fastest.
         scale: factor on every gradient; rounded to the accumulator's dtype.
         first_write: store ``scale * gradients[i]`` without reading the accumulators, which may hold
@@ -69,8 +70,9 @@ def scale_accumulate_(
             never falls back.
 
     Raises:
-        RuntimeError: lists of different length, unequal shapes, unsupported dtypes, several devices.
-            Nothing has been written then.
+        RuntimeError: lists of different length, unequal shapes, unsupported dtypes, several devices,
+            shared memory. Nothing has been written then. Tensors with gaps may be interleaved; how
+            those share memory is noticed only where it includes the first element of one.
         ValueError, BackendUnavailableError: an unknown or unusable backend.
     """
     if not accumulators and not gradients:
@@ -118,7 +120,8 @@ def finalise_(
 
     Args:
         outputs: float32, float64, bfloat16 or float16 tensors. ``outputs[i]`` may be
-            ``accumulators[i]`` itself.
+            ``accumulators[i]`` itself, of the same dtype and strides; otherwise an output may share
+            no memory with any other tensor of the lists.
         accumulators: float32 or float64 tensors of the same shapes.
         scale: a number, or a ``float64`` tensor of no dimensions on the same device (never read back
             to the host).

@@ -5,9 +5,10 @@ Every check runs before the first element is written: a refused call changes not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,16 +101,20 @@ def _check_dtypes(
     op: str, name: str, tensors: Sequence[Tensor], allowed: tuple[torch.dtype, ...]
 ) -> None:
     for index, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided:
-            raise RuntimeError(
-                f"{op}: {name}[{index}] is not in the layout torch.strided; it must be dense, "
-                "call .to_dense() on it first"
-            )
+        _check_layout(op, f"{name}[{index}]", tensor)
         if tensor.dtype not in allowed:
             raise RuntimeError(
                 f"{op}: {name}[{index}] has dtype {tensor.dtype}; it must be one of "
                 + ", ".join(str(dtype) for dtype in allowed)
             )
+
+
+def _check_layout(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(
+            f"{op}: {name} is not in the layout torch.strided; it must be dense, "
+            "call .to_dense() on it first"
+        )
 
 
 def _check_written(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -141,25 +146,92 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def check_separate(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    """Refuses written tensors that share memory: chunks are written in no particular order.
+def check_separate(
+    op: str,
+    written_name: str,
+    written: Sequence[Tensor],
+    read_name: str,
+    read: Sequence[Tensor],
+) -> None:
+    """Refuses what is written where it shares memory: chunks are written in no particular order.
 
-    Needs addresses, so fake tensors pass unchecked. Tensors with gaps may be interleaved and pass too.
+    A tensor that is read may be its counterpart itself: an op in place, element by element. Tensors
+    with gaps may be interleaved, so only their first element counts. Needs addresses: fake tensors
+    pass unchecked.
     """
-    ranges = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, index)
-        for index, tensor in enumerate(tensors)
-        if tensor.is_contiguous() and tensor.numel() > 0
+    count = len(written)
+    # Some devices use the upper half of the address space: negative as a signed integer.
+    addresses = [tensor.data_ptr() for tensor in (*written, *read)]
+    begin = np.array(addresses, np.uint64).view(np.int64)
+    size = np.array([_bytes_of_its_own(tensor) for tensor in (*written, *read)], np.int64)
+    for index in np.flatnonzero(begin[:count] == begin[count:]).tolist():
+        if _are_in_one_order(written[index], read[index]):
+            size[count + index] = 0
+
+    occupied = np.flatnonzero(size)
+    order = occupied[np.argsort(begin[occupied], kind="stable")]
+    begin, end, is_written = begin[order], (begin + size)[order], order < count
+    # How far the ranges before each one reach, of those that it must not meet.
+    reach_of_all = np.maximum.accumulate(end)[:-1]
+    written_end = np.where(is_written, end, np.iinfo(np.int64).min)
+    reach_of_written = np.maximum.accumulate(written_end)[:-1]
+    reach = np.where(is_written[1:], reach_of_all, reach_of_written)
+    clashes = np.flatnonzero(begin[1:] < reach)
+    if len(clashes) == 0:
+        return
+    current = int(clashes[0]) + 1
+    barred = (end > begin[current]) & (is_written | is_written[current])
+    one, other = sorted(order[[np.flatnonzero(barred)[0], current]].tolist())
+    if other < count:
+        raise RuntimeError(
+            f"{op}: {written_name}[{one}] and {written_name}[{other}] share memory; "
+            "pass each tensor once"
+        )
+    raise RuntimeError(
+        f"{op}: {written_name}[{one}] and {read_name}[{other - count}] share memory; "
+        f"pass a .clone() of {read_name}[{other - count}]"
     )
-    for (_, end, index), (begin, _, following) in pairwise(ranges):
-        if begin < end:
-            one, other = sorted((index, following))
-            raise RuntimeError(
-                f"{op}: {name}[{one}] and {name}[{other}] share memory; pass each tensor once"
-            )
+
+
+def _bytes_of_its_own(tensor: Tensor) -> int:
+    return tensor.nbytes if are_equal_and_dense(tensor, tensor) else tensor.itemsize
+
+
+def _are_in_one_order(a: Tensor, b: Tensor) -> bool:
+    """True where equal first addresses mean equal addresses of all elements."""
+    if a.dtype != b.dtype:
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in strides)
+
+
+def are_equal_and_dense(a: Tensor, b: Tensor) -> bool:
+    """True where the elements of both fill a stretch of memory without gaps, in the same order."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return a.numel() == 0 or _strides_equal_and_dense(a.shape, a.stride(), b.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides_equal_and_dense(
+    shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]
+) -> bool:
+    """Dense: some order of the dimensions makes it contiguous. A dimension of size 1 has a stride
+    that means nothing, so it counts in neither question."""
+    reach = 1
+    for stride, other, size in sorted(zip(strides, others, shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != other or stride != reach:
+            return False
+        reach *= size
+    return True
 
 
 def _check_statistics(op: str, statistics: Tensor, tensors: Sequence[Tensor]) -> None:
+    _check_layout(op, "statistics", statistics)
     if (
         statistics.dtype != torch.float64
         or tuple(statistics.shape) != (STATISTICS_SIZE,)
@@ -173,6 +245,7 @@ def _check_statistics(op: str, statistics: Tensor, tensors: Sequence[Tensor]) ->
 
 
 def _check_scalar(op: str, name: str, value: Tensor, tensors: Sequence[Tensor]) -> None:
+    _check_layout(op, name, value)
     if value.dtype != torch.float64 or value.dim() != 0:
         raise RuntimeError(
             f"{op}: {name} is a {value.dtype} tensor of shape {tuple(value.shape)}; "

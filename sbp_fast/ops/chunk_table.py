@@ -80,17 +80,3 @@ def plan(
         for key, first, chunks in zip(*(column.tolist() for column in present), strict=True)
     ]
     return rows, groups
-
-
-def find_shared(addresses: Int64s, sizes: Int64s) -> tuple[int, int] | None:
-    """Two positions whose bytes ``[address, address + size)`` overlap, lower first, or None.
-
-    Programs run in no order, so memory that two of them write would end up with one's result.
-    """
-    occupied = np.flatnonzero(sizes)
-    order = occupied[np.argsort(addresses[occupied], kind="stable")]
-    clashes = np.flatnonzero((addresses + sizes)[order][:-1] > addresses[order][1:])
-    if len(clashes) == 0:
-        return None
-    one, other = sorted(order[clashes[0] : clashes[0] + 2].tolist())
-    return one, other

@@ -20,7 +20,7 @@ def scale_accumulate_(
     statistics: Tensor | None = None,
 ) -> None:
     checks.check_scale_accumulate(accumulators, gradients, scale, first_write, statistics)
-    checks.check_separate("scale_accumulate_", "accumulators", accumulators)
+    checks.check_separate("scale_accumulate_", "accumulators", accumulators, "gradients", gradients)
     for accumulator, gradient in zip(accumulators, gradients, strict=True):
         contribution = gradient.to(accumulator.dtype) * scale
         if first_write:
@@ -45,7 +45,7 @@ def finalise_(
     max_norm: float | None = None,
 ) -> None:
     checks.check_finalise(outputs, accumulators, scale, norm, max_norm)
-    checks.check_separate("finalise_", "outputs", outputs)
+    checks.check_separate("finalise_", "outputs", outputs, "accumulators", accumulators)
     coefficient = scale
     if norm is not None and max_norm is not None:
         coefficient = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -34,6 +34,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "finalise_": checks.check_finalise,
 }
 
+
+def _refuse_sparse(name: str) -> Callable[..., None]:
+    """Without a kernel for sparse tensors the dispatcher would answer with pages. This one says what
+    is wrong in the words of the checks, and never returns as if it had computed."""
+
+    def kernel(*arguments: Any) -> None:
+        _FAKES[name](*arguments)
+        raise RuntimeError(f"{name}: a tensor is sparse; call .to_dense() on it first")
+
+    return kernel
+
+
 # Not in CUDA graphs: a replay would read a table of addresses that belongs to somebody else by then.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
@@ -44,6 +56,5 @@ for _name, _arguments in _ARGUMENTS.items():
         _qualified = f"{_name}.{_overload}" if _overload else _name
         library.define(_qualified + _arguments, tags=_TAGS)
         torch.library.register_fake(f"{NAMESPACE}::{_qualified}", _FAKES[_name], lib=library)
-    # Without a kernel for sparse tensors the dispatcher would answer with pages; the checks refuse them.
     for _key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
-        library.impl(_name, _FAKES[_name], _key)
+        library.impl(_name, _refuse_sparse(_name), _key)

@@ -60,8 +60,8 @@ def scale_accumulate_(
     """See :func:`sbp_fast.ops.scale_accumulate_`.
 
     Raises:
-        RuntimeError: what ``checks`` refuses; accumulators that share memory; tensors out of
-            Triton's reach. Nothing has been written then.
+        RuntimeError: what ``checks`` refuses; tensors out of Triton's reach. Nothing has been
+            written then.
     """
     op = "scale_accumulate_"
     checks.check_scale_accumulate(accumulators, gradients, scale, first_write, statistics)
@@ -69,7 +69,8 @@ def scale_accumulate_(
         return
     kernels = _kernels_for(op, accumulators[0].device)
     with _on(accumulators[0].device):
-        pairs = _flatten(op, "accumulators", accumulators, gradients, contents=not first_write)
+        checks.check_separate(op, "accumulators", accumulators, "gradients", gradients)
+        pairs = _flatten(accumulators, gradients, contents=not first_write)
         launches, chunks = _plan(kernels, pairs, scale)
         partials = _new_partials(kernels, pairs.written[0], chunks if statistics is not None else 0)
         for launch in launches:
@@ -98,7 +99,7 @@ def gradient_statistics_(gradients: Sequence[Tensor], statistics: Tensor) -> Non
         return
     kernels = _kernels_for("gradient_statistics_", gradients[0].device)
     with _on(gradients[0].device):
-        dense = [g if _equal_and_dense(g, g) else g.contiguous() for g in gradients]
+        dense = [g if checks.are_equal_and_dense(g, g) else g.contiguous() for g in gradients]
         launches, chunks = _plan(kernels, _Pairs(dense, dense, _numels(dense), []), 0.0)
         partials = _new_partials(kernels, dense[0], chunks)
         for launch in launches:
@@ -130,7 +131,8 @@ def finalise_(
         return
     kernels = _kernels_for(op, outputs[0].device)
     with _on(outputs[0].device):
-        pairs = _flatten(op, "outputs", outputs, accumulators, contents=False)
+        checks.check_separate(op, "outputs", outputs, "accumulators", accumulators)
+        pairs = _flatten(outputs, accumulators, contents=False)
         launches, _ = _plan(kernels, pairs, 0.0 if max_norm is None else max_norm)
         for launch in launches:
             kernels.finalise[launch.grid](
@@ -202,56 +204,24 @@ class _Pairs:
 
 
 @torch.no_grad()
-def _flatten(
-    op: str, name: str, written: Sequence[Tensor], read: Sequence[Tensor], *, contents: bool
-) -> _Pairs:
+def _flatten(written: Sequence[Tensor], read: Sequence[Tensor], *, contents: bool) -> _Pairs:
     """Pairs of equal, dense strides stay as they are; of the others, what is in the way is copied.
 
     ``contents``: what is written is read as well, so that a stand-in for it starts as a copy.
     """
     pairs = _Pairs(list(written), list(read), _numels(written), [])
-    sizes = pairs.numels * np.array([tensor.itemsize for tensor in written], np.int64)
     for index, (target, source) in enumerate(zip(written, read, strict=True)):
-        if _equal_and_dense(target, source):
+        if checks.are_equal_and_dense(target, source):
             continue
-        if not _equal_and_dense(target, target):
-            # The span of a tensor with gaps says nothing about sharing; its first element does.
-            sizes[index] = min(sizes[index], target.itemsize)
+        if not checks.are_equal_and_dense(target, target):
             stand_in = torch.empty_like(target, memory_format=torch.contiguous_format)
             if contents:
                 stand_in.copy_(target)
             pairs.stand_ins.append((target, stand_in))
             pairs.written[index] = target = stand_in
-        if not _equal_and_dense(target, source):
+        if not checks.are_equal_and_dense(target, source):
             pairs.read[index] = torch.empty_like(target, dtype=source.dtype).copy_(source)
-    shared = chunk_table.find_shared(_addresses(written), sizes)
-    if shared is not None:
-        raise RuntimeError(
-            f"{op}: {name}[{shared[0]}] and {name}[{shared[1]}] share memory; pass each tensor once"
-        )
     return pairs
-
-
-def _equal_and_dense(a: Tensor, b: Tensor) -> bool:
-    if a.is_contiguous() and b.is_contiguous():
-        return True
-    return _strides_equal_and_dense(a.shape, a.stride(), b.stride())
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides_equal_and_dense(
-    shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]
-) -> bool:
-    """Dense: some order of the dimensions makes it contiguous. A dimension of size 1 has a stride
-    that means nothing, so it counts in neither question."""
-    reach = 1
-    for stride, other, size in sorted(zip(strides, others, shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != other or stride != reach:
-            return False
-        reach *= size
-    return True
 
 
 @dataclass(frozen=True)

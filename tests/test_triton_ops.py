@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,6 +59,38 @@ class TestWhereTritonCannotBeUsed:
         assert not usable
         assert "set TRITON_INTERPRET=1" in reason
         self.refused("set TRITON_INTERPRET=1 before Python starts")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("Failed to find C compiler."),
+            subprocess.CalledProcessError(1, ["gcc", "driver.c"]),  # no Python.h
+            None,
+        ],
+        ids=["no_compiler", "no_headers", "nothing_missing"],
+    )
+    def test_a_driver_that_cannot_be_built(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+    ) -> None:
+        class Driver:
+            @property
+            def active(self) -> SimpleNamespace:
+                if error is not None:
+                    raise error
+                return SimpleNamespace(get_current_target=lambda: None)
+
+        kernels = SimpleNamespace(
+            INTERPRETED=SimpleNamespace(value=False),
+            triton=SimpleNamespace(__version__="3", runtime=SimpleNamespace(driver=Driver())),
+        )
+        monkeypatch.setattr(triton_backend, "_import_kernels", lambda: kernels)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        usable, reason = triton_backend.is_available()
+        assert usable == (error is None)
+        if error is not None:
+            assert str(error) in reason
+            assert "install a C compiler and Python's headers" in reason
 
     def test_interpreted_kernels_cannot_take_device_tensors(
         self, monkeypatch: pytest.MonkeyPatch

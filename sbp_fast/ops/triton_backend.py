@@ -44,10 +44,20 @@ def is_available() -> tuple[bool, str]:
     if kernels.INTERPRETED.value:
         return True, f"{version}, interpreting on CPU tensors because TRITON_INTERPRET=1 is set"
     if torch.cuda.is_available():
-        return True, f"{version} on {torch.cuda.get_device_name()}"
-    if torch.xpu.is_available():
-        return True, f"{version} on {torch.xpu.get_device_name()}"
-    return False, f"{version} finds no CUDA or XPU device for its kernels; {_INTERPRET}"
+        name = torch.cuda.get_device_name()
+    elif torch.xpu.is_available():
+        name = torch.xpu.get_device_name()
+    else:
+        return False, f"{version} finds no CUDA or XPU device for its kernels; {_INTERPRET}"
+    try:
+        # Triton compiles its driver's C code at the first use, which would be the first launch.
+        kernels.triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # a compiler, a linker, a file system: anything may be missing
+        return False, (
+            f"{version} cannot build its driver for {name} ({error}); install a C compiler and "
+            "Python's headers (Debian: apt-get install gcc python3-dev), or name a compiler in CC"
+        )
+    return True, f"{version} on {name}"
 
 
 def scale_accumulate_(

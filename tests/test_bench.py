@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.step import StepSize
 from sbp_fast.bench.stream_ceiling import FLOATS_MOVED, Ceilings
 from sbp_fast.bench.tensor_lists import TensorSets, make_set, make_sets
-from sbp_fast.bench.timing import Spread, measure
+from sbp_fast.bench.timing import Spread, measure, stopwatch_for
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (7,), (2, 3, 2, 2)]
@@ -105,6 +106,47 @@ def test_measure_divides_by_the_calls_and_counts_them():
 def test_measure_refuses_to_measure_nothing(contenders, rounds, calls):
     with pytest.raises(ValueError, match="at least one of each"):
         measure(contenders, lambda function: 1.0, rounds=rounds, calls=calls)
+
+
+class FakeCuda:
+    """Stands for torch.cuda and notes what happens in which order."""
+
+    def __init__(self, *, sleeps_long_enough: bool) -> None:
+        self.seen: list[str] = []
+        self.sleeps_long_enough = sleeps_long_enough
+        self.events = iter(["start", "end"])
+
+    def synchronize(self) -> None:
+        self.seen.append("synchronize")
+
+    def _sleep(self, cycles: int) -> None:
+        assert cycles > 0
+        self.seen.append("sleep")
+
+    def Event(self, *, enable_timing: bool):  # noqa: N802 (torch's name)
+        assert enable_timing
+        name = next(self.events)
+        return SimpleNamespace(
+            record=lambda: self.seen.append(name),
+            query=lambda: not self.sleeps_long_enough,
+            synchronize=lambda: self.seen.append(f"wait for {name}"),
+            elapsed_time=lambda end: 2.5,
+        )
+
+
+def test_kernels_are_queued_behind_a_sleep_and_other_calls_are_not(monkeypatch):
+    def take_time(*, host_counts: bool, sleeps_long_enough: bool = True) -> list[str]:
+        cuda = FakeCuda(sleeps_long_enough=sleeps_long_enough)
+        monkeypatch.setattr(torch, "cuda", cuda)
+        stopwatch = stopwatch_for(torch.device("cuda"), host_counts=host_counts)
+        assert stopwatch(lambda: cuda.seen.append("work")) == 2.5
+        return cuda.seen
+
+    work = ["start", "work", "end", "wait for end"]
+    assert take_time(host_counts=True) == ["synchronize", *work]
+    assert take_time(host_counts=False) == ["synchronize", "sleep", *work]
+    with pytest.warns(UserWarning, match="waited for the host"):
+        take_time(host_counts=False, sleeps_long_enough=False)
 
 
 # Cases and rows
@@ -333,11 +375,23 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step"
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
-    described = json.loads((tmp_path / "environment.json").read_text())
-    assert described["torch"] == torch.__version__
-    assert described["processor"]
+    for subject in cli.SUBJECTS:
+        described = json.loads((tmp_path / f"{subject}_environment.json").read_text())
+        assert described["torch"] == torch.__version__
+        assert described["processor"]
     printed = capsys.readouterr().out
     assert "step: at most 1.02 times the plain loop" in printed
+    assert "step: at most" in (tmp_path / "step_goals.txt").read_text()
+    assert "step: at most" not in (tmp_path / "kernels_goals.txt").read_text()
+
+
+@pytest.mark.parametrize("subject", cli.SUBJECTS)
+def test_one_subject_leaves_the_files_of_the_other_alone(tmp_path, monkeypatch, subject):
+    monkeypatch.setattr(cli, "resnet50_shapes", lambda: SHAPES)
+    monkeypatch.setattr(kernels, "_OVERHEAD_CALLS", 1)
+    cli.bench(CPU, TINY_PLAN, tmp_path, (subject,), step_width=4)
+    assert (tmp_path / f"{subject}.csv").exists()
+    assert all(path.name.startswith(subject) for path in tmp_path.iterdir())
 
 
 def test_plots_are_drawn(tmp_path):

@@ -14,6 +14,7 @@ from .case import Case
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
+from .timing import stopwatch_for
 
 SUBJECTS = ("kernels", "step")
 
@@ -59,6 +60,9 @@ QUICK = Plan(
 
 _STEP_WIDTH = 64
 
+# Benchmarks whose question is how long a caller waits, not how long a kernel runs.
+_HOST_COUNTS = ("overhead", "step")
+
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
 
@@ -68,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where CSV, plots and environment.json go; left out: benchmarks/results/<device>",
+        help="where CSV, plots, goals and environment go; left out: benchmarks/results/<device>",
     )
     parser.add_argument(
         "--quick", action="store_true", help="small and few: under a minute on two cores"
@@ -111,10 +115,14 @@ def bench(
     *,
     step_width: int = _STEP_WIDTH,
 ) -> list[Row]:
-    """Measures, prints, and writes CSV, plots, goals and environment to ``output``."""
+    """Measures, prints, and writes CSV, plots, goals and environment to ``output``.
+
+    Every file belongs to one subject, so that subjects measured in different runs can share a folder.
+    """
     output.mkdir(parents=True, exist_ok=True)
     # First, so that the load of the machine is that before the measurement.
-    environment.write(output / "environment.json", device)
+    for subject in subjects:
+        environment.write(output / f"{subject}_environment.json", device)
     print(f"{environment.device_name(device)}, {torch.get_num_threads()} threads")
     if environment.load_average() > _MOST_LOAD:
         print(
@@ -132,7 +140,6 @@ def bench(
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
-        (output / "goals.txt").write_text(verdicts + "\n")
     print(f"\nwritten to {output}")
     return rows
 
@@ -146,10 +153,15 @@ def _measure(
 ) -> list[Row]:
     rows: list[Row] = []
     for make in makers:
-        new = make().measure(device, rounds)
+        case = make()
+        stopwatch = stopwatch_for(device, host_counts=case.benchmark in _HOST_COUNTS)
+        new = case.measure(device, rounds, stopwatch)
         print(f"\n{as_table(new)}", flush=True)
         rows += new
     write_csv(output / f"{subject}.csv", rows)
+    verdicts = goals.report(rows)
+    if verdicts:
+        (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
     draw = {"kernels": plots.draw_bandwidth, "step": plots.draw_step}[subject]
     try:
         draw(rows, output / f"{subject}.png")

@@ -194,7 +194,9 @@ def check_separate(
 
 
 def _bytes_of_its_own(tensor: Tensor) -> int:
-    return tensor.nbytes if are_equal_and_dense(tensor, tensor) else tensor.itemsize
+    if tensor.is_contiguous() or are_equal_and_dense(tensor, tensor):
+        return tensor.nbytes
+    return tensor.itemsize
 
 
 def _are_in_one_order(a: Tensor, b: Tensor) -> bool:

@@ -43,7 +43,7 @@ FULL = Plan(
     networks=4,
     ceiling_elements=50_000_000,
     kernel_rounds=15,
-    step_rounds=11,
+    step_rounds=21,
     sizes=[
         StepSize(pixels, batch, micro_batch)
         for pixels, batch in ((32, 16), (32, 32), (64, 16))

@@ -42,7 +42,7 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16)
 FULL = Plan(
     networks=4,
     ceiling_elements=50_000_000,
-    kernel_rounds=15,
+    kernel_rounds=31,
     step_rounds=21,
     sizes=[
         StepSize(pixels, batch, micro_batch)

@@ -419,7 +419,7 @@ def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
 
 
 def test_goals_on_average_take_the_geometric_mean():
-    goal = Goal("text", "step", at_most=1.0, on_average=True)
+    goal = goals.Goal("text", "step", at_most=1.0, on_average=True)
     rows = [make_row(benchmark="step", ratio_median=ratio) for ratio in (0.5, 2.0, 0.8)]
     assert goal.value(rows) == pytest.approx(0.8 ** (1 / 3))
 

@@ -148,7 +148,8 @@ class StreamedAccumulator:
 
         The gradient replaces whatever ``p.grad`` held. It is clipped where ``max_grad_norm`` is set, and
         still scaled where there is a ``grad_scaler``, as ``grad_scaler.step`` expects it. A gradient that
-        is not finite is left so, as ``Tensor.backward`` leaves it, and the device is not waited for.
+        is not finite is left so, as ``Tensor.backward`` leaves it. The device is not waited for, unless
+        the batch lies in pinned memory: then until that is read and may be filled again.
 
         Takes and raises what :meth:`step` does.
         """

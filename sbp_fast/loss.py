@@ -64,12 +64,10 @@ class Shares:
     def announce(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Tells the whole large batch beforehand, so that every share is final when handed out.
 
-        Weights that lie on a device (its targets do) are read, which waits for it once.
-
         Raises:
             ValueError: the weights add up to nothing.
         """
-        weights = _read([self._weigh(micro_batch) for micro_batch in micro_batches])
+        weights = [self._weigh(micro_batch) for micro_batch in micro_batches]
         self._announced = iter(weights)
         self._divisor = self._divide_by(
             sum(weights), sum(micro_batch.samples for micro_batch in micro_batches)
@@ -312,12 +310,6 @@ def _declared_weight(normalization: Callable[[PyTree], Weight], micro_batch: Mic
             "weight must be a number of at least 0"
         )
     return weight
-
-
-def _read(weights: list[Weight]) -> list[float]:
-    on_device = [weight for weight in weights if isinstance(weight, Tensor)]
-    values = iter(torch.stack(on_device).tolist() if on_device else ())
-    return [next(values) if isinstance(weight, Tensor) else weight for weight in weights]
 
 
 def _signed(targets: Tensor) -> Tensor:

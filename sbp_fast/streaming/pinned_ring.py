@@ -38,6 +38,7 @@ class PinnedRing:
         self._side = torch.cuda.Stream(device)
         self._slots = [_Slot(torch.cuda.Event()) for _ in range(_SLOTS)]
         self._next = 0
+        self._borrows = False
 
     def open(self) -> int:
         """Begins a micro-batch; returns the ticket to wait for."""
@@ -50,7 +51,11 @@ class PinnedRing:
     def send(self, rows: Tensor) -> Tensor:
         """Enqueues the copy of one host tensor; the result must not be used before :meth:`wait_for`."""
         slot = self._slots[(self._next - 1) % _SLOTS]
-        source = rows if rows.is_pinned() else self._stage(slot, rows)
+        source = rows
+        if rows.is_pinned():
+            self._borrows = True
+        else:
+            source = self._stage(slot, rows)
         main = torch.cuda.current_stream(self._device)
         # In the layout of the rows (channels_last, say).
         arrived = torch.empty_like(rows, device=self._device)
@@ -72,12 +77,14 @@ class PinnedRing:
         """Ends the large batch.
 
         The main stream waits for every copy, so that memory of an abandoned micro-batch is not reused
-        under a copy still on its way. So does the host, because copies read pinned memory of the
-        caller's, who may fill it again.
+        under a copy still on its way. So does the host where copies read pinned memory of the caller's,
+        who may fill it again.
         """
         torch.cuda.current_stream(self._device).wait_stream(self._side)
-        for slot in self._slots:
-            slot.copied.synchronize()
+        if self._borrows:
+            self._borrows = False
+            for slot in self._slots:
+                slot.copied.synchronize()
 
     def _stage(self, slot: _Slot, rows: Tensor) -> Tensor:
         size = rows.nbytes

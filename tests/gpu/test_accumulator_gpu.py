@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sbp_fast import StreamedAccumulator
 from sbp_fast.ops import availability
 from sbp_fast.streaming import PinnedRing
+from sbp_fast.transaction import Transaction
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -272,6 +273,28 @@ class TestStreams:
                 accumulator.step(broken())
         check_backward(accumulator, model, oracle, inputs, targets)
 
+    def test_pinned_memory_may_be_filled_again_after_backward(self) -> None:
+        model, (inputs, targets) = conv_net(), images()
+        oracle = full_batch(model, weighted(), inputs, targets)
+        x, y = inputs.pin_memory(), targets.pin_memory()
+        model[0].register_forward_pre_hook(lambda *_: torch.cuda._sleep(LATE_CYCLES // 4))
+        accumulator_for(model).backward(x, y)
+        x.fill_(torch.nan)
+        assert_gradients_match(
+            gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
+        )
+
+    def test_a_layout_travels(self) -> None:
+        rows = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+        ring = PinnedRing(torch.device(DEVICE, torch.cuda.current_device()))
+        ticket = ring.open()
+        arrived = ring.send(rows), ring.send(rows.pin_memory())
+        ring.close()
+        ring.wait_for(ticket)
+        for tensor in arrived:
+            assert tensor.stride() == rows.stride()
+            assert torch.equal(tensor.cpu(), rows)
+
     @PLACES
     def test_backward_never_waits(self, where: str, backend: str, tmp_path: Any) -> None:
         model, (inputs, targets) = mlp(), vectors()
@@ -318,3 +341,25 @@ class TestMemory:
         whole = torch.cuda.max_memory_allocated()
         assert result.peak_bytes is not None
         assert result.peak_bytes < whole / 4
+
+    def test_copies_of_large_buffers_are_kept_off_the_device(self) -> None:
+        module = nn.Module()
+        module.register_buffer("small", torch.ones(3, device=DEVICE))
+        module.register_buffer("large", torch.ones(1 << 19, device=DEVICE))
+        transaction = Transaction([module], [])
+        before = torch.cuda.memory_allocated()
+        with transaction:
+            pass
+        assert torch.cuda.memory_allocated() - before < module.large.nbytes
+        with pytest.raises(LookupError), transaction:  # noqa: PT012
+            module.small.zero_()
+            module.large.zero_()
+            raise LookupError
+        assert float(module.small.min()) == float(module.large.min()) == 1.0
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with transaction:
+                pass
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

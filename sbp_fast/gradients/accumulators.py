@@ -38,8 +38,8 @@ def autograd_can_accumulate(parameter: Tensor) -> bool:
     """Whether ``p.grad``, as autograd fills it, can be the accumulator.
 
     It can on the CPU where its dtype is an accumulator's: adding in place moves the same bytes as our
-    kernel, and saves a Python hook per gradient, which costs 20 to 40 microseconds after a convolution
-    has emptied the caches of all else. Other devices want many gradients in one launch.
+    kernel, and saves a Python hook per gradient, which is slow after a convolution has emptied the
+    caches of all else. Other devices want many gradients in one launch.
     """
     dtype = parameter.dtype
     fits = dtype == parameter.grad_dtype == accumulator_dtype(dtype)

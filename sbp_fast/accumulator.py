@@ -173,10 +173,11 @@ class StreamedAccumulator:
         names = names_of(parameters.trainable, self._modules)
         options.check_parameters(parameters, names, self._modules, self._optimizer)
         device = parameters.device
+        backend = resolve(self._backend_option, device.type)
         automatic = is_automatic(self._backend_option)
         self._parameters = parameters
         self._device = device
-        self._backend = resolve(self._backend_option, device.type)
+        self._backend = backend
         self._forward = Forward(
             self._model,
             self._loss_fn,

@@ -76,7 +76,8 @@ def _own_loss(outputs: Any) -> Any:
 
 def _check_no_broadcast(outputs: Any, targets: Any) -> None:
     # Shapes (N, 1) and (N,) would meet as (N, N): every sample with every other, of its micro-batch only.
-    if outputs.ndim != targets.ndim:
+    are_tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    if are_tensors and outputs.ndim != targets.ndim:
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} would "
             "be broadcast against each other, which mixes the samples of a micro-batch; give them the "

@@ -450,6 +450,14 @@ class TestTargets:
             run(model, nn.MSELoss(reduction=reduction), randn(SAMPLES, 6), randn(SAMPLES), 4)
         assert model.weight.grad is None
 
+    def test_outputs_that_are_no_tensor_are_refused_by_torch(self) -> None:
+        class Listed(nn.Linear):
+            def forward(self, x: Tensor) -> Any:
+                return [super().forward(x)]
+
+        with pytest.raises(AttributeError, match="size"):
+            run(Listed(6, 1).double(), nn.MSELoss(), randn(SAMPLES, 6), randn(SAMPLES, 1), 4)
+
     def test_broadcast_within_a_sample(self) -> None:
         model, loss_fn = linear().double(), nn.L1Loss()
         with pytest.warns(UserWarning, match="target size"):

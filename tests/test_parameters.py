@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sbp_fast import StreamedAccumulator
+from sbp_fast.ops import availability
 
 SAMPLES = 12
 MICRO = 5
@@ -157,6 +158,20 @@ class TestChanges:
         assert_gradients_match(
             gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
         )
+
+    @pytest.mark.skipif(not availability("cpu").usable, reason=availability("cpu").reason)
+    def test_a_device_that_the_backend_refuses_is_refused_each_time(self) -> None:
+        """Were anything kept of the first refusal, the second step would go on with the old backend."""
+        model = nn.Linear(6, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accumulator = StreamedAccumulator(
+            model, optimizer, nn.CrossEntropyLoss(), micro_batch_size=MICRO, backend="cpu"
+        )
+        model.to_empty(device="meta")
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        for _ in range(2):
+            with pytest.raises(ValueError, match="these are on meta"):
+                accumulator.step(*vectors())
 
     def test_parameters_that_join_the_optimizer(self) -> None:
         model, extra = nn.Linear(6, 4), torch.zeros(4, requires_grad=True)

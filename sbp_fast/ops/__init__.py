@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +14,28 @@ from .backends import (
     availability,
     is_automatic,
     operator,
+    requested,
     resolve,
 )
+from .batch_norm import (
+    batch_norm_backward_apply,
+    batch_norm_backward_statistics,
+    batch_norm_normalise,
+    batch_norm_statistics,
+)
 from .checks import GRADIENT_DTYPES, STATISTICS_SIZE
+from .dropout import dropout
 
 __all__ = [
     "BACKENDS",
     "GRADIENT_DTYPES",
     "BackendUnavailableError",
     "availability",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_statistics",
+    "batch_norm_normalise",
+    "batch_norm_statistics",
+    "dropout",
     "finalise_",
     "gradient_statistics_",
     "is_automatic",
@@ -145,9 +157,7 @@ def finalise_(
 
 
 def _operator(name: str, backend: str, tensors: Sequence[Tensor]) -> torch._ops.OpOverload:
-    if backend == "auto":
-        backend = os.environ.get("SBP_FAST_BACKEND", "auto")
-    return operator(name, backend, tensors[0].device.type)
+    return operator(name, requested(backend), tensors[0].device.type)
 
 
 def _count_as_written(tensors: Sequence[Tensor], statistics: Tensor | None) -> None:

@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from . import reference, schemas  # noqa: F401  (registers the ops and their reference overloads)
+# Imported for what they register: the ops and their reference overloads.
+from . import reference, reference_batch_norm, reference_dropout, schemas  # noqa: F401
 from .native import Availability, load_cpu, load_cuda
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -47,9 +48,14 @@ def availability(backend: str) -> Availability:
     return Availability(True, "")
 
 
+def requested(backend: str) -> str:
+    """What the caller asks for or, failing that, the environment."""
+    return os.environ.get("SBP_FAST_BACKEND", "auto") if backend == "auto" else backend
+
+
 def is_automatic(backend: str) -> bool:
     """Whether nobody has chosen: neither the caller nor the environment."""
-    return backend == "auto" and os.environ.get("SBP_FAST_BACKEND", "auto") == "auto"
+    return requested(backend) == "auto"
 
 
 def resolve(backend: str, device_type: str) -> str:
@@ -59,9 +65,7 @@ def resolve(backend: str, device_type: str) -> str:
         ValueError: ``backend`` is no known name, or does not compute on this device.
         BackendUnavailableError: the backend named cannot be used here.
     """
-    if backend == "auto":
-        backend = os.environ.get("SBP_FAST_BACKEND", "auto")
-    return _resolve(backend, device_type)
+    return _resolve(requested(backend), device_type)
 
 
 @cache

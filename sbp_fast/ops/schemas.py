@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, checks_batch_norm, checks_dropout
 
 NAMESPACE = "sbp_fast"
 OVERLOADS = ("", "triton", "reference")
@@ -26,12 +26,29 @@ _ARGUMENTS = {
         "(Tensor(a!)[] outputs, Tensor[] accumulators, Tensor scale, "
         "Tensor? norm=None, float? max_norm=None) -> ()"
     ),
+    "batch_norm_statistics": "(Tensor input) -> Tensor",
+    "batch_norm_normalise": "(Tensor input, Tensor coefficients) -> Tensor",
+    "batch_norm_backward_statistics": (
+        "(Tensor grad_output, Tensor input, Tensor coefficients) -> Tensor"
+    ),
+    "batch_norm_backward_apply": (
+        "(Tensor grad_output, Tensor input, Tensor coefficients) -> Tensor"
+    ),
+    "dropout": (
+        "(Tensor input, int seed, int call, int first_sample, int outer, int samples, "
+        "float probability) -> Tensor"
+    ),
 }
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "scale_accumulate_": checks.check_scale_accumulate,
     "gradient_statistics_": checks.check_gradient_statistics,
     "finalise_": checks.check_finalise,
+    "batch_norm_statistics": checks_batch_norm.fake_statistics,
+    "batch_norm_normalise": checks_batch_norm.fake_normalise,
+    "batch_norm_backward_statistics": checks_batch_norm.fake_backward_statistics,
+    "batch_norm_backward_apply": checks_batch_norm.fake_backward_apply,
+    "dropout": checks_dropout.fake_dropout,
 }
 
 

@@ -14,13 +14,17 @@ from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .forward import Forward, backward_context
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
+from .invariance.batch_norm import ExactBatchNorm, has_batch_norm
+from .invariance.lockstep import Lockstep
+from .invariance.randomness import StepRandomness
 from .large_batch import LargeBatch
 from .loss import Shares, Weight, read_contract
+from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
 from .result import StepResult
-from .streaming import PinnedRing, stream_to
+from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
 
 
@@ -70,7 +74,7 @@ class StreamedAccumulator:
         micro_batch_size: int,
         memory_budget: str | int | None = None,
         normalization: options.Normalization = "auto",
-        batch_norm: str = "micro_batch",
+        batch_norm: str = "exact",
         dropout: str = "native",
         cross_sample_loss: bool = False,
         activations: str = "keep",
@@ -92,6 +96,7 @@ class StreamedAccumulator:
         options.warn_about_batch_norm(model)
         self._model = model
         self._loss_fn = loss_fn
+        self._batch_norm = batch_norm
         self._modules = modules_of(model, loss_fn)
         self._optimizer = optimizer
         self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
@@ -203,14 +208,23 @@ class StreamedAccumulator:
         large_batch = LargeBatch(
             shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
+        arrivals = stream_to(self._device, micro_batches, self._ring)
         with torch.enable_grad():
-            for arrival in stream_to(self._device, micro_batches, self._ring):
+            if self._must_meet(micro_batches):
+                self._compute_in_lockstep(arrivals, large_batch)
+                return large_batch
+            for arrival in arrivals:
                 if arrival.is_last:
                     large_batch.accumulators.observe()
                 self._compute(arrival.micro_batch, large_batch)
                 # Its memory is wanted for the next one, which is sent before the loop comes round.
                 del arrival
         return large_batch
+
+    def _must_meet(self, micro_batches: Iterable[MicroBatch]) -> bool:
+        """Whether there are statistics to be computed from several micro-batches."""
+        is_whole = isinstance(micro_batches, list) and len(micro_batches) == 1
+        return self._batch_norm == "exact" and not is_whole and has_batch_norm(self._modules)
 
     def _split(
         self, inputs: PyTree | Iterable[Any], targets: PyTree
@@ -231,13 +245,10 @@ class StreamedAccumulator:
     def _compute(self, micro_batch: MicroBatch, large_batch: LargeBatch) -> None:
         """One micro-batch, forward and backward, with its share of the large batch."""
         share = large_batch.shares.take(micro_batch)
-        if not isinstance(share, Tensor) and share == 0.0:
-            # All targets are ignored: nothing to learn, and the mean over nothing is NaN.
+        if _is_nothing(share):
             return
-        loss = self._forward.loss(micro_batch)
-        if isinstance(share, Tensor):
-            loss = loss.masked_fill(share <= 0, 0.0)
-        large_batch.add_loss(loss, share)
+        loss = self._forward.loss(self._forward.outputs(micro_batch), micro_batch.targets)
+        loss = large_batch.add_loss(loss, share)
         # A share seeds the backward pass, so that gradients arrive ready to be kept. A loss in 16 bits
         # would round it: then it scales the gradients as they are added, in the accumulators' precision
         # (a share on the device must be read for that).
@@ -250,6 +261,46 @@ class StreamedAccumulator:
             backward_context(self._device.type),
         ):
             loss.backward(_as_gradient(seed, loss))
+
+    def _compute_in_lockstep(self, arrivals: Iterable[Arrival], large_batch: LargeBatch) -> None:
+        """All micro-batches forward together, from batch norm to batch norm, and back together."""
+        store = HostStore(self._device)
+        store.leave_alone(self._parameters.all)
+        store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
+        with StepRandomness(self._device) as randomness:
+            together = ExactBatchNorm(
+                self._modules,
+                Lockstep(self._device, randomness.generators, store),
+                store,
+                self._hooks.deliver,
+                self._backend,
+            )
+
+            def begin(micro_batch: MicroBatch) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+                first_sample = large_batch.shares.samples
+                share = large_batch.shares.take(micro_batch)
+
+                def run() -> list[tuple[Tensor, Tensor]]:
+                    randomness.begin_micro_batch(first_sample)
+                    # One that counts for nothing in the loss counts in the statistics.
+                    outputs = self._forward.outputs(micro_batch)
+                    if _is_nothing(share):
+                        return []
+                    loss = large_batch.add_loss(
+                        self._forward.loss(outputs, micro_batch.targets), share
+                    )
+                    if self._grad_scaler is not None:
+                        loss = self._grad_scaler.scale(loss)
+                    return [(loss, _as_gradient(share, loss))]
+
+                return run
+
+            roots = together.forward(begin(arrival.micro_batch) for arrival in arrivals)
+            with (
+                large_batch.accumulators.collecting(1.0),
+                backward_context(self._device.type),
+            ):
+                together.backward(roots)
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""
@@ -286,6 +337,11 @@ def _scaler_kept(scaler: GradScaler) -> Iterator[None]:
     except BaseException:
         scaler.update(scaler.get_scale())
         raise
+
+
+def _is_nothing(share: Weight) -> bool:
+    """All targets are ignored: nothing to learn, and the mean over nothing is NaN."""
+    return not isinstance(share, Tensor) and share == 0.0
 
 
 def _as_gradient(seed: Weight, loss: Tensor) -> Tensor:

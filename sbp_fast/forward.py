@@ -25,22 +25,26 @@ class Forward:
     autocast: Callable[[], AbstractContextManager[Any]]
     elementwise: bool
 
-    def loss(self, micro_batch: MicroBatch) -> Tensor:
-        """The loss of one micro-batch, with its graph; no dimensions.
+    def outputs(self, micro_batch: MicroBatch) -> Any:
+        """What the model makes of one micro-batch; of a model that returns its own loss, that loss."""
+        with self.autocast():
+            outputs = _call(self.model, micro_batch.inputs)
+            return _own_loss(outputs) if self.loss_fn is None else outputs
+
+    def loss(self, outputs: Any, targets: PyTree) -> Tensor:
+        """The loss of :meth:`outputs`, with its graph; no dimensions.
 
         Raises:
             ValueError: the loss is no scalar, or does not depend on a trainable parameter; outputs and
                 targets have not the same number of dimensions, where they are compared by element.
             TypeError: the loss is no tensor.
         """
+        if self.loss_fn is None:
+            return _check_loss(outputs)
         with self.autocast():
-            outputs = _call(self.model, micro_batch.inputs)
-            if self.loss_fn is None:
-                loss = _own_loss(outputs)
-            else:
-                if self.elementwise:
-                    _check_no_broadcast(outputs, micro_batch.targets)
-                loss = self.loss_fn(outputs, micro_batch.targets)
+            if self.elementwise:
+                _check_no_broadcast(outputs, targets)
+            loss = self.loss_fn(outputs, targets)
         return _check_loss(loss)
 
 

@@ -30,8 +30,12 @@ class LargeBatch:
     def __post_init__(self) -> None:
         self.loss = torch.zeros_like(self.accumulators.statistics[0])
 
-    def add_loss(self, loss: Tensor, share: Weight) -> None:
+    def add_loss(self, loss: Tensor, share: Weight) -> Tensor:
+        """Adds a micro-batch's loss; returns it, as zero where its share on the device is zero."""
+        if isinstance(share, Tensor):
+            loss = loss.masked_fill(share <= 0, 0.0)
         self.loss = self.loss + loss.detach().double() * share
+        return loss
 
     def close(self, grad_scaler: GradScaler | None) -> Weight:
         """Normalises what was summed; returns what the accumulators are still to be multiplied with."""

@@ -26,9 +26,6 @@ Normalization = str | Callable[[PyTree], "float | Tensor"]
 # Options whose other values belong to the contract but are not there yet: what works instead.
 _NOT_YET: dict[str, dict[Any, str]] = {
     "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
-    "batch_norm": {
-        "exact": "batch_norm='micro_batch', or a model with group or layer normalisation"
-    },
     "dropout": {"per_sample": "dropout='native'"},
     "cross_sample_loss": {True: "a loss that is a mean or a sum over samples"},
     "activations": {
@@ -38,7 +35,7 @@ _NOT_YET: dict[str, dict[Any, str]] = {
     },
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "batch_norm": ("micro_batch",),
+    "batch_norm": ("exact", "micro_batch"),
     "dropout": ("native",),
     "cross_sample_loss": (False,),
     "activations": ("keep",),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 Receiver = Callable[[int, Tensor], None]
@@ -31,6 +34,7 @@ class GradientHooks:
         self.parameters = parameters
         self.names = names
         self.unwatched = set(range(len(parameters)))
+        self._position_of = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._slot: list[Receiver | None] = [None]
         # The closures must not own this object: a parameter would keep it alive for ever.
         self._handles: list[RemovableHandle] = []
@@ -53,6 +57,23 @@ class GradientHooks:
             yield
         finally:
             self._slot[0] = None
+
+    def deliver(self, leaf: Tensor, gradient: Tensor) -> None:
+        """Hands over a gradient that :func:`torch.autograd.grad` computed as ``backward`` would have."""
+        position = self._position_of.get(id(leaf))
+        receiver = self._slot[0]
+        if (
+            receiver is not None
+            and position is not None
+            and position not in self.unwatched
+            and len(leaf._post_accumulate_grad_hooks) == 1
+        ):
+            receiver(position, gradient)
+        else:
+            # What autograd itself would call: it adds to .grad and runs the hooks that are there.
+            accumulate: Any = get_gradient_edge(leaf).node
+            with torch.no_grad():
+                accumulate(gradient)
 
     def remove(self) -> None:
         self._finalizer()

@@ -86,6 +86,16 @@ class LiveBytes(TorchDispatchMode):
         """
         self._count("track", (), {}, tuple(tensors))
 
+    def set_aside(self, storage: torch.UntypedStorage) -> None:
+        """From here on what lies in this storage is host memory: it waits there."""
+        reference = self._references.pop(storage._cdata, None)
+        if reference is not None:
+            self.live_bytes -= reference.size
+
+    def take_back(self, storage: torch.UntypedStorage) -> None:
+        """What was set aside is device memory again. Raises torch.OutOfMemoryError if it does not fit."""
+        self._count("take_back", (), {}, (torch.empty(0, dtype=torch.uint8).set_(storage),))
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -1,0 +1,1 @@
+"""What makes a step the same at any micro-batch size."""

@@ -1,0 +1,460 @@
+"""Batch norm over the whole large batch, in unmodified models.
+
+Each micro-batch runs until it calls batch norm in training mode, hands over the moments of its input,
+and goes on when those of the whole large batch are known. There its graph is cut: the output has no
+edge to the input. In the backward pass, when all micro-batches have the gradient of a call's output,
+two sums over the large batch give the gradients of its weight, its bias and each of its inputs
+(:mod:`.statistics`). Statistics held fixed would not do: they would lose the gradient that flows
+through mean and variance.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import ops
+from ..memory.host_store import Held, HostStore
+from . import statistics
+from .cut_graph import CutGraph
+from .intercept import answering
+from .lockstep import Lockstep, Member, in_both_directions
+from .statistics import Moments
+
+Roots = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Arguments:
+    """What batch norm was called with, apart from the input."""
+
+    layer: str
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    momentum: float
+    eps: float
+
+    def edges(self, input: Tensor) -> list[GradientEdge | None]:
+        """Where gradients of the input, the weight and the bias go on to."""
+        return [
+            get_gradient_edge(tensor) if tensor is not None and tensor.requires_grad else None
+            for tensor in (input, self.weight, self.bias)
+        ]
+
+
+@dataclass
+class _Visit:
+    """One micro-batch's part in a call."""
+
+    arguments: _Arguments
+    moments: Moments
+    input: Held | None
+    edges: list[GradientEdge | None]
+    gradient: Held | None = None
+
+    def __post_init__(self) -> None:
+        self.is_tracked = any(edge is not None for edge in self.edges)
+
+    def take_input(self) -> Tensor:
+        assert self.input is not None
+        return self.input.take().detach()
+
+    def forget(self) -> None:
+        self.edges, self.input, self.gradient = [], None, None
+
+
+@dataclass
+class _Call:
+    """One call of batch norm by all micro-batches, and what it is by the large batch's statistics."""
+
+    arguments: _Arguments
+    visits: list[_Visit]
+    count: int
+    mean: Tensor
+    inv_std: Tensor
+    coefficients: Tensor
+    sums: Tensor | None = None
+
+
+def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
+    """Whether any layer normalises with the statistics of what it is given."""
+    return any(
+        isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+        for module in modules
+        for layer in module.modules()
+    )
+
+
+class ExactBatchNorm:
+    """One large batch's way forward and back through a model with batch norm.
+
+    Args:
+        modules: by whose names errors call layers.
+        lockstep: runs the micro-batches.
+        store: where what waits is kept.
+        deliver: ``deliver(leaf, gradient)`` receives the gradients of parameters.
+        backend: of the kernels.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        lockstep: Lockstep[Any],
+        store: HostStore,
+        deliver: Callable[[Tensor, Tensor], None],
+        backend: str,
+    ) -> None:
+        self.thread = threading.get_ident()
+        self.in_backward = False
+        self._lockstep = lockstep
+        self._store = store
+        self._deliver = deliver
+        self._backend = backend
+        self._layers = Layers(modules)
+        self._calls: list[_Call] = []
+        self._graphs: list[CutGraph] = []
+        self._rounds = 0
+        # What a cut's output depends on in the eyes of autograd, so that its graph begins there.
+        self._origin = torch.empty(0, requires_grad=True)
+
+    # Forward
+
+    def forward(self, runs: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Runs all micro-batches to their end; returns their results, in order.
+
+        Raises:
+            RuntimeError: they call batch norm in different order, or where they cannot wait.
+            ValueError: a channel has one value in the whole large batch.
+        """
+        members = self._lockstep.members
+        with answering(self), saved_tensors_hooks(self._pack, _unpack):
+            try:
+                for run in runs:
+                    self._graphs.append(CutGraph(self._keep, self._deliver))
+                    self._lockstep.start(run)
+                while not self._all_have_finished():
+                    self._close_call()
+                    for member in self._round():
+                        self._lockstep.resume(member)
+            except BaseException:
+                self._lockstep.abandon()
+                raise
+        return [member.result for member in members]
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """What ``torch.nn.functional.batch_norm`` is to the micro-batch that runs."""
+        arguments = _Arguments(
+            self._layers.name_of(running_mean, weight),
+            *(running_mean, running_var, weight, bias, momentum, eps),
+        )
+        if input.dim() < 2:
+            raise ValueError(
+                f"batch norm {arguments.layer} was given a tensor of shape {tuple(input.shape)}; it must "
+                "have at least two dimensions, (samples, channels, ...)"
+            )
+        values = ops.batch_norm_statistics(input.detach(), backend=self._backend)
+        moments = Moments(input.numel() // input.shape[1], values[0], values[1])
+        if self.in_backward:
+            return self._recompute(input, arguments, moments)
+        member = self._running()
+        edges = arguments.edges(input) if torch.is_grad_enabled() else []
+        visit = _Visit(arguments, moments, self._store.hold(input), edges)
+        self._layers.note_count(running_mean)
+        self._graphs[member.position].end_level([edge for edge in edges if edge is not None])
+        del edges
+        self._lockstep.meet(visit, f"batch norm {arguments.layer}")
+        call = self._calls[-1]
+        output = self._output(visit.take_input(), call.coefficients, visit.is_tracked)
+        if visit.is_tracked:
+            self._graphs[member.position].begin_after_cut(output, len(self._calls) - 1)
+        return output
+
+    def _all_have_finished(self) -> bool:
+        members = self._lockstep.members
+        finished = [member for member in members if member.finished]
+        if finished and len(finished) < len(members):
+            waiting = next(member for member in members if not member.finished)
+            raise RuntimeError(
+                f"micro-batch {waiting.position} waits in batch norm "
+                f"{waiting.message.arguments.layer}, but micro-batch {finished[0].position} has ended "
+                f"after {len(self._calls)} calls of batch norm; with batch_norm='exact' all "
+                "micro-batches must make the same calls in the same order, whatever their data: "
+                "take the branch out of the model, or pass batch_norm='micro_batch'"
+            )
+        return len(finished) == len(members)
+
+    def _close_call(self) -> None:
+        """All have arrived: computes what each needs to go on, and updates the running statistics."""
+        visits: list[_Visit] = [member.message for member in self._lockstep.members]
+        for position, visit in enumerate(visits):
+            self._check_same_call(visits[0], visit, position)
+        whole = statistics.merge([visit.moments for visit in visits])
+        arguments = visits[0].arguments
+        if whole.count <= 1:
+            raise ValueError(
+                f"batch norm {arguments.layer} has {whole.count} value per channel in the whole large "
+                "batch; it needs at least 2 to have a variance: use a larger batch, or .eval() on that "
+                "layer"
+            )
+        inv_std = statistics.inverse_deviation(whole, arguments.eps)
+        self._calls.append(
+            _Call(
+                arguments,
+                visits,
+                whole.count,
+                whole.mean,
+                inv_std,
+                statistics.forward_coefficients(
+                    whole.mean, inv_std, arguments.weight, arguments.bias
+                ),
+            )
+        )
+        # With momentum=None the factor is one over the number of batches, the first arrival's.
+        momentum = max(visit.arguments.momentum for visit in visits)
+        with torch.no_grad():
+            news = statistics.running_statistics(whole)
+            for running, new in zip(
+                (arguments.running_mean, arguments.running_var), news, strict=True
+            ):
+                if running is not None:
+                    running.mul_(1.0 - momentum).add_(new.to(running.dtype), alpha=momentum)
+        self._layers.count_once()
+
+    def _check_same_call(self, first: _Visit, visit: _Visit, position: int) -> None:
+        expected = (first.arguments.layer, first.arguments.eps, first.moments.mean.shape)
+        found = (visit.arguments.layer, visit.arguments.eps, visit.moments.mean.shape)
+        if expected != found:
+            raise RuntimeError(
+                f"call {len(self._calls)} of batch norm is {visit.arguments.layer} "
+                f"({len(visit.moments.mean)} channels) in micro-batch {position} but "
+                f"{first.arguments.layer} ({len(first.moments.mean)} channels) in micro-batch 0; with "
+                "batch_norm='exact' all micro-batches must make the same calls in the same order, "
+                "whatever their data: take the branch out of the model, or pass "
+                "batch_norm='micro_batch'"
+            )
+
+    def _output(self, input: Tensor, coefficients: Tensor, is_tracked: bool) -> Tensor:
+        def normalise() -> Tensor:
+            return ops.batch_norm_normalise(input, coefficients, backend=self._backend)
+
+        if not is_tracked:
+            return normalise()
+        output: Tensor = _BeginGraph.apply(self._origin, normalise)  # type: ignore[no-untyped-call]
+        return output
+
+    # Backward
+
+    def backward(self, roots: Sequence[Roots]) -> None:
+        """Runs every micro-batch back from its ``roots``: tensors, and the gradient of each."""
+        members = self._lockstep.members
+        starts = []
+        for graph, pairs in zip(self._graphs, roots, strict=True):
+            starts.append([(get_gradient_edge(tensor), gradient) for tensor, gradient in pairs])
+            graph.end_level([edge for edge, _ in starts[-1]])
+            graph.close()
+        del roots, pairs
+        for member in members:
+            member.result = None
+        self.in_backward = True
+        with answering(self), self._layers.counts_kept():
+            for level in range(len(self._calls), -1, -1):
+                self._run_level(level, starts)
+
+    def _run_level(self, level: int, starts: list[list[tuple[GradientEdge, Tensor]]]) -> None:
+        """Back from a call, or the very end, to all earlier calls; sums what the next one needs."""
+        after = self._calls[level] if level < len(self._calls) else None
+        before = self._calls[level - 1] if level > 0 else None
+        sums: dict[int, Tensor] = {}
+        for member in self._round():
+            position = member.position
+            with self._lockstep.turn(member):
+                if after is None:
+                    edges, starts[position] = starts[position], []
+                else:
+                    edges = self._gradients_of_arguments(after, position)
+                self._graphs[position].run(level, edges)
+                del edges
+                if before is not None:
+                    gradient = self._graphs[position].take_gradient(level - 1)
+                    if gradient is not None:
+                        sums[position] = self._sum(before, before.visits[position], gradient)
+                        del gradient
+        if before is not None and sums:
+            before.sums = torch.stack([sums[position] for position in sorted(sums)]).sum(0)
+
+    def _sum(self, call: _Call, visit: _Visit, gradient: Tensor) -> Tensor:
+        visit.gradient = self._store.hold(gradient)
+        return ops.batch_norm_backward_statistics(
+            gradient,
+            visit.take_input(),
+            torch.stack([call.mean, call.inv_std]),
+            backend=self._backend,
+        )
+
+    def _gradients_of_arguments(
+        self, call: _Call, position: int
+    ) -> list[tuple[GradientEdge, Tensor]]:
+        """Of one micro-batch's input; of the weight and the bias, which are all one, in the first."""
+        visit = call.visits[position]
+        sums = call.sums
+        gradients: list[tuple[GradientEdge, Tensor]] = []
+        if sums is None:
+            visit.forget()
+            return gradients
+        of_input, of_weight, of_bias = visit.edges
+        if of_input is not None:
+            input = visit.take_input()
+            # One whose output nobody used still gets what flows through the mean and the variance.
+            gradient = torch.zeros_like(input) if visit.gradient is None else visit.gradient.take()
+            coefficients = statistics.backward_coefficients(
+                call.count, call.mean, call.inv_std, call.arguments.weight, sums
+            )
+            gradients.append(
+                (
+                    of_input,
+                    ops.batch_norm_backward_apply(
+                        gradient, input, coefficients, backend=self._backend
+                    ),
+                )
+            )
+        if position == 0:
+            for edge, tensor, total in (
+                (of_weight, call.arguments.weight, sums[1]),
+                (of_bias, call.arguments.bias, sums[0]),
+            ):
+                if edge is not None and tensor is not None:
+                    gradients.append((edge, total.to(tensor.dtype)))
+        visit.forget()
+        return gradients
+
+    def _recompute(self, input: Tensor, arguments: _Arguments, moments: Moments) -> Tensor:
+        """A checkpoint computes its part of the model again: the statistics are known by now."""
+        member = self._running()
+        calls = [call for call in self._calls if call.arguments.layer == arguments.layer]
+        if not calls:
+            raise RuntimeError(
+                f"batch norm {arguments.layer} is called in the backward pass but was not in the forward "
+                "pass; with batch_norm='exact' a checkpoint must compute the same twice"
+            )
+        # A layer that is called several times: the call whose input was this one.
+        call = min(
+            calls,
+            key=lambda call: float(
+                (call.visits[member.position].moments.mean - moments.mean).norm()
+            ),
+        )
+        visit = call.visits[member.position]
+        needs_graph = torch.is_grad_enabled() and (input.requires_grad or visit.is_tracked)
+        if needs_graph and not visit.is_tracked:
+            raise RuntimeError(
+                f"batch norm {arguments.layer} is inside a reentrant checkpoint, where the backward pass "
+                "cannot wait for the other micro-batches; pass use_reentrant=False to "
+                "torch.utils.checkpoint, or batch_norm='micro_batch'"
+            )
+        return self._output(input.detach(), call.coefficients, needs_graph)
+
+    # Both ways
+
+    def is_computing(self) -> bool:
+        return self._lockstep.current is not None
+
+    def _running(self) -> Member[Any]:
+        member = self._lockstep.current
+        assert member is not None
+        return member
+
+    def _round(self) -> Iterable[Member[Any]]:
+        self._rounds += 1
+        return in_both_directions(self._rounds, self._lockstep.members)
+
+    def _keep(self, gradient: Tensor) -> Callable[[], Tensor]:
+        return self._store.hold(gradient).take
+
+    def _pack(self, tensor: Tensor) -> Held:
+        return self._store.hold(tensor)
+
+
+def _unpack(held: Held) -> Tensor:
+    return held.take()
+
+
+class _BeginGraph(torch.autograd.Function):
+    """A tensor with a graph that begins at it, and which in-place operations may change."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Layers:
+    """The batch norm layers of a model: their names, and how many batches they have seen."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._by_tensor: dict[int, tuple[str, _BatchNorm]] = {}
+        self._counts: dict[_BatchNorm, Tensor] = {}
+        for module in modules:
+            for name, layer in module.named_modules():
+                if isinstance(layer, _BatchNorm):
+                    for tensor in (layer.weight, layer.running_mean):
+                        if tensor is not None:
+                            self._by_tensor[id(tensor)] = name, layer
+
+    def name_of(self, running_mean: Tensor | None, weight: Tensor | None) -> str:
+        for tensor in (running_mean, weight):
+            if tensor is not None and id(tensor) in self._by_tensor:
+                return repr(self._by_tensor[id(tensor)][0])
+        return "of no layer with a name"
+
+    def note_count(self, running_mean: Tensor | None) -> None:
+        """A layer has counted the batch for one micro-batch: only the first is to count."""
+        if running_mean is not None and id(running_mean) in self._by_tensor:
+            layer = self._by_tensor[id(running_mean)][1]
+            if layer.num_batches_tracked is not None and layer not in self._counts:
+                self._counts[layer] = layer.num_batches_tracked.clone()
+
+    def count_once(self) -> None:
+        self._put_back(self._counts)
+        self._counts.clear()
+
+    @contextmanager
+    def counts_kept(self) -> Iterator[None]:
+        """What checkpoints compute again is not counted again."""
+        layers = {layer for _, layer in self._by_tensor.values()}
+        counts = {
+            layer: layer.num_batches_tracked.clone()
+            for layer in layers
+            if layer.num_batches_tracked is not None
+        }
+        try:
+            yield
+        finally:
+            self._put_back(counts)
+
+    @staticmethod
+    def _put_back(counts: dict[_BatchNorm, Tensor]) -> None:
+        for layer, count in counts.items():
+            assert layer.num_batches_tracked is not None
+            layer.num_batches_tracked.copy_(count)

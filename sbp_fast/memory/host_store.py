@@ -1,0 +1,228 @@
+"""Where tensors wait in host memory while other micro-batches have the device.
+
+The unit is a storage, so that what is saved twice waits once. A storage keeps its place in every tensor
+that views it; only its contents go to host memory and come back. On the CPU, where the device's memory
+is the host's, they stay where they are and only change the account: what waits is not device memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .budget import format_bytes
+from .live_bytes import LiveBytes
+
+_DEVICE, _HOST, _FILE = "device", "host", "file"
+
+# Smaller ones would cost a file more than they free.
+_SMALLEST_IN_A_FILE = 1 << 16
+
+
+class HostBudgetError(RuntimeError):
+    """What waits in host memory does not fit into its budget."""
+
+
+class HostStore:
+    """Sends to the host what :meth:`hold` was given, and brings it back when it is wanted.
+
+    Args:
+        device: where the tensors live.
+        budget: bytes of host memory; None for no bound.
+        spill_directory: where files hold what is beyond the budget; None for nowhere.
+        counter: the count of device memory on the CPU, where there is one.
+
+    Attributes:
+        host_bytes, file_bytes: what waits now.
+        peak_host_bytes, peak_file_bytes: the most that waited at once.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        budget: int | None = None,
+        spill_directory: Path | None = None,
+        counter: LiveBytes | None = None,
+    ) -> None:
+        self._device = device
+        self._budget = budget
+        self._spill_directory = spill_directory
+        self._counter = counter
+        self._slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
+        self._on_device: list[weakref.ref[_Slot]] = []
+        self._resident: set[int] = set()
+        self.host_bytes = 0
+        self.file_bytes = 0
+        self.peak_host_bytes = 0
+        self.peak_file_bytes = 0
+
+    def leave_alone(self, tensors: Iterable[Tensor]) -> None:
+        """These are nobody's to send away: parameters, buffers, the micro-batches themselves."""
+        self._resident.update(
+            tensor.untyped_storage()._cdata
+            for tensor in tensors
+            if tensor.layout is torch.strided and not _is_wrapper(tensor)
+        )
+
+    def hold(self, tensor: Tensor) -> Held:
+        """Takes a tensor that must be kept; it stays on the device until :meth:`send_away`."""
+        if (
+            tensor.layout is not torch.strided
+            or _is_wrapper(tensor)
+            or tensor.device != self._device
+        ):
+            return Held(tensor, None)
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._resident or not storage.resizable():
+            return Held(tensor, None)
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = _Slot(self, storage)
+            self._slots[key] = slot
+            self._on_device.append(weakref.ref(slot))
+        return Held(tensor.detach(), slot)
+
+    def send_away(self) -> list[_Slot]:
+        """Everything held goes to the host. Returns what others hold as well (variables of a suspended
+        function, say) and would miss: :meth:`bring_back` those before they go on."""
+        on_device, self._on_device = self._on_device, []
+        shared = []
+        for reference in on_device:
+            slot = reference()
+            if slot is not None and slot.place is _DEVICE:
+                if slot.is_shared():
+                    shared.append(slot)
+                self._send(slot)
+        return shared
+
+    def bring_back(self, slots: Iterable[_Slot]) -> None:
+        for slot in slots:
+            if slot.place is not _DEVICE:
+                self._bring(slot)
+
+    def _send(self, slot: _Slot) -> None:
+        to_file = self._goes_to_file(slot.nbytes)
+        if to_file or self._device.type != "cpu":
+            contents = self._file(slot.nbytes) if to_file else self._pinned(slot.nbytes)
+            contents.copy_(slot.storage)
+            slot.contents = contents
+            if self._counter is not None:
+                self._counter.set_aside(slot.storage)
+            slot.storage.resize_(0)
+        elif self._counter is not None:
+            self._counter.set_aside(slot.storage)
+        slot.place = _FILE if to_file else _HOST
+        self._account(slot.place, slot.nbytes)
+
+    def _bring(self, slot: _Slot) -> None:
+        if slot.contents is not None:
+            slot.storage.resize_(slot.nbytes)
+            slot.storage.copy_(slot.contents, non_blocking=True)
+            slot.contents = None
+        if self._counter is not None:
+            self._counter.take_back(slot.storage)
+        self._account(slot.place, -slot.nbytes)
+        slot.place = _DEVICE
+        self._on_device.append(weakref.ref(slot))
+
+    def _goes_to_file(self, nbytes: int) -> bool:
+        if self._budget is None or self.host_bytes + nbytes <= self._budget:
+            return False
+        if self._spill_directory is None:
+            raise HostBudgetError(
+                f"{format_bytes(self.host_bytes + nbytes)} of activations wait in host memory, and "
+                f"host_budget is {format_bytes(self._budget)}; raise it, give a spill_directory, or use "
+                "a smaller large batch"
+            )
+        return nbytes >= _SMALLEST_IN_A_FILE
+
+    def _file(self, nbytes: int) -> torch.UntypedStorage:
+        handle, path = tempfile.mkstemp(prefix="sbp_fast-", dir=self._spill_directory)
+        os.close(handle)
+        try:
+            contents: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)
+            mapped: torch.UntypedStorage = contents
+            return mapped
+        finally:
+            # The memory map keeps the file for as long as it is wanted, and no longer.
+            os.unlink(path)
+
+    def _pinned(self, nbytes: int) -> torch.UntypedStorage:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).untyped_storage()
+
+    def _account(self, place: str, nbytes: int) -> None:
+        if place is _HOST:
+            self.host_bytes += nbytes
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+        elif place is _FILE:
+            self.file_bytes += nbytes
+            self.peak_file_bytes = max(self.peak_file_bytes, self.file_bytes)
+
+
+class _Slot:
+    """The contents of one storage, and where they are."""
+
+    def __init__(self, store: HostStore, storage: torch.UntypedStorage) -> None:
+        self.store = store
+        self.storage = storage
+        self.nbytes = storage.nbytes()
+        self.place = _DEVICE
+        self.contents: torch.UntypedStorage | None = None
+        self.holders = 0
+
+    def is_shared(self) -> bool:
+        """Whether anyone but this slot and those it was handed to has a tensor in this storage."""
+        owners: int = torch._C._storage_Use_Count(self.storage._cdata)
+        return owners > 1 + self.holders
+
+    def __del__(self) -> None:
+        self.store._account(self.place, -self.nbytes)
+
+
+class Held:
+    """A tensor that waits, or would if its memory were somebody's to send away."""
+
+    __slots__ = ("_slot", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, slot: _Slot | None) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+        self._slot = slot
+        if slot is not None:
+            slot.holders += 1
+
+    def __del__(self) -> None:
+        if self._slot is not None:
+            self._slot.holders -= 1
+
+    def take(self) -> Tensor:
+        """The tensor, on the device.
+
+        Raises:
+            RuntimeError: it was modified in place since; autograd's own words.
+        """
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a tensor of shape {tuple(self._tensor.shape)} is at version "
+                f"{self._tensor._version}; expected version {self._version} instead"
+            )
+        if self._slot is not None and self._slot.place is not _DEVICE:
+            self._slot.store.bring_back((self._slot,))
+        return self._tensor
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

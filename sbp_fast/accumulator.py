@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
-from .forward import Forward, backward_context
+from .forward import Forward, Roots, backward_context, run_back
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
 from .invariance.batch_norm import ExactBatchNorm, has_batch_norm
+from .invariance.cross_sample import Joint, check_same_outputs, detached, roots_of
+from .invariance.layout import Layouts
 from .invariance.lockstep import Lockstep
-from .invariance.randomness import StepRandomness
+from .invariance.sampling import Sampling
 from .large_batch import LargeBatch
 from .loss import Shares, Weight, read_contract
 from .memory.host_store import HostStore
@@ -75,7 +78,7 @@ class StreamedAccumulator:
         memory_budget: str | int | None = None,
         normalization: options.Normalization = "auto",
         batch_norm: str = "exact",
-        dropout: str = "native",
+        dropout: str = "per_sample",
         cross_sample_loss: bool = False,
         activations: str = "keep",
         max_grad_norm: float | None = None,
@@ -97,10 +100,16 @@ class StreamedAccumulator:
         self._model = model
         self._loss_fn = loss_fn
         self._batch_norm = batch_norm
+        self._layouts = Layouts() if dropout == "per_sample" else None
+        self._cross_sample_loss = cross_sample_loss
         self._modules = modules_of(model, loss_fn)
         self._optimizer = optimizer
         self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
-        self._contract = read_contract(loss_fn, normalization)
+        self._contract = (
+            options.cross_sample_contract(loss_fn, normalization)
+            if cross_sample_loss
+            else read_contract(loss_fn, normalization)
+        )
         self._grad_scaler = grad_scaler
         self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
         self._backend_option = backend
@@ -209,16 +218,23 @@ class StreamedAccumulator:
             shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
         arrivals = stream_to(self._device, micro_batches, self._ring)
-        with torch.enable_grad():
-            if self._must_meet(micro_batches):
-                self._compute_in_lockstep(arrivals, large_batch)
-                return large_batch
-            for arrival in arrivals:
-                if arrival.is_last:
-                    large_batch.accumulators.observe()
-                self._compute(arrival.micro_batch, large_batch)
-                # Its memory is wanted for the next one, which is sent before the loop comes round.
-                del arrival
+        must_meet = self._must_meet(micro_batches)
+        with (
+            torch.enable_grad(),
+            Sampling(
+                self._modules,
+                self._device,
+                self._layouts,
+                reseed=must_meet or self._cross_sample_loss,
+                backend=self._backend,
+            ) as sampling,
+        ):
+            if must_meet:
+                self._compute_in_lockstep(arrivals, large_batch, sampling)
+            elif self._cross_sample_loss:
+                self._compute_twice(arrivals, large_batch, sampling)
+            else:
+                self._compute_one_by_one(arrivals, large_batch, sampling)
         return large_batch
 
     def _must_meet(self, micro_batches: Iterable[MicroBatch]) -> bool:
@@ -242,8 +258,22 @@ class StreamedAccumulator:
             )
         return split_stream(inputs, size, with_targets=self._loss_fn is not None), shares
 
-    def _compute(self, micro_batch: MicroBatch, large_batch: LargeBatch) -> None:
+    def _compute_one_by_one(
+        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
+    ) -> None:
+        """Each micro-batch forward and backward before the next: nothing of it is kept."""
+        for arrival in arrivals:
+            if arrival.is_last:
+                large_batch.accumulators.observe()
+            self._compute(arrival.micro_batch, large_batch, sampling)
+            # Its memory is wanted for the next one, which is sent before the loop comes round.
+            del arrival
+
+    def _compute(
+        self, micro_batch: MicroBatch, large_batch: LargeBatch, sampling: Sampling
+    ) -> None:
         """One micro-batch, forward and backward, with its share of the large batch."""
+        sampling.begin(large_batch.shares.samples, micro_batch.samples)
         share = large_batch.shares.take(micro_batch)
         if _is_nothing(share):
             return
@@ -254,53 +284,107 @@ class StreamedAccumulator:
         # (a share on the device must be read for that).
         narrow = loss.dtype in (torch.bfloat16, torch.float16)
         scale, seed = (float(share), 1.0) if narrow else (1.0, share)
-        if self._grad_scaler is not None:
-            loss = self._grad_scaler.scale(loss)
-        with (
-            large_batch.accumulators.collecting(scale),
-            backward_context(self._device.type),
-        ):
-            loss.backward(_as_gradient(seed, loss))
+        with self._backward(large_batch, scale):
+            run_back(self._roots(loss, seed))
 
-    def _compute_in_lockstep(self, arrivals: Iterable[Arrival], large_batch: LargeBatch) -> None:
+    def _compute_in_lockstep(
+        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
+    ) -> None:
         """All micro-batches forward together, from batch norm to batch norm, and back together."""
         store = HostStore(self._device)
         store.leave_alone(self._parameters.all)
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
-        with StepRandomness(self._device) as randomness:
-            together = ExactBatchNorm(
-                self._modules,
-                Lockstep(self._device, randomness.generators, store),
-                store,
-                self._hooks.deliver,
-                self._backend,
-            )
+        together = ExactBatchNorm(
+            self._modules,
+            Lockstep(self._device, sampling, store),
+            store,
+            self._hooks.deliver,
+            self._backend,
+        )
+        micro_batches: list[MicroBatch] = []
 
-            def begin(micro_batch: MicroBatch) -> Callable[[], list[tuple[Tensor, Tensor]]]:
-                first_sample = large_batch.shares.samples
-                share = large_batch.shares.take(micro_batch)
+        def run(micro_batch: MicroBatch, first_sample: int, share: Weight) -> Any:
+            sampling.begin(first_sample, micro_batch.samples)
+            outputs = self._forward.outputs(micro_batch)
+            if self._cross_sample_loss:
+                return outputs
+            # One that counts for nothing in the loss counts in the statistics.
+            if _is_nothing(share):
+                return []
+            loss = self._forward.loss(outputs, micro_batch.targets)
+            return self._roots(large_batch.add_loss(loss, share), share)
 
-                def run() -> list[tuple[Tensor, Tensor]]:
-                    randomness.begin_micro_batch(first_sample)
-                    # One that counts for nothing in the loss counts in the statistics.
-                    outputs = self._forward.outputs(micro_batch)
-                    if _is_nothing(share):
-                        return []
-                    loss = large_batch.add_loss(
-                        self._forward.loss(outputs, micro_batch.targets), share
-                    )
-                    if self._grad_scaler is not None:
-                        loss = self._grad_scaler.scale(loss)
-                    return [(loss, _as_gradient(share, loss))]
+        def begin(micro_batch: MicroBatch) -> Callable[[], Any]:
+            micro_batches.append(micro_batch)
+            first_sample = large_batch.shares.samples
+            return partial(run, micro_batch, first_sample, large_batch.shares.take(micro_batch))
 
-                return run
+        results = together.forward(begin(arrival.micro_batch) for arrival in arrivals)
+        if self._cross_sample_loss:
+            joint = self._joint_loss(results, micro_batches, large_batch)
+            results = [
+                roots_of(outputs, joint.gradients(position))
+                for position, outputs in enumerate(results)
+            ]
+        with self._backward(large_batch, 1.0):
+            together.backward(results)
 
-            roots = together.forward(begin(arrival.micro_batch) for arrival in arrivals)
-            with (
-                large_batch.accumulators.collecting(1.0),
-                backward_context(self._device.type),
-            ):
-                together.backward(roots)
+    def _compute_twice(
+        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
+    ) -> None:
+        """All outputs first, without graphs; then, with the loss's gradient, each micro-batch again."""
+        micro_batches, outputs = [], []
+        with torch.no_grad():
+            for arrival in arrivals:
+                micro_batch = arrival.micro_batch
+                sampling.begin(large_batch.shares.samples, micro_batch.samples)
+                large_batch.shares.take(micro_batch)
+                micro_batches.append(micro_batch)
+                outputs.append(detached(self._forward.outputs(micro_batch)))
+        joint = self._joint_loss(outputs, micro_batches, large_batch)
+        del outputs
+        # From the same buffers through the same changes to the same end.
+        self._transaction.put_buffers_back()
+        first_sample = 0
+        distances = []
+        for position, micro_batch in enumerate(micro_batches):
+            sampling.begin(first_sample, micro_batch.samples)
+            first_sample += micro_batch.samples
+            if position == len(micro_batches) - 1:
+                large_batch.accumulators.observe()
+            again = self._forward.outputs(micro_batch)
+            distances.append(joint.distance(position, again))
+            roots = roots_of(again, joint.gradients(position))
+            del again
+            if roots:
+                with self._backward(large_batch, 1.0):
+                    run_back(roots)
+        check_same_outputs(distances)
+
+    def _joint_loss(
+        self, outputs: list[PyTree], micro_batches: list[MicroBatch], large_batch: LargeBatch
+    ) -> Joint:
+        """The loss of all outputs together, and its gradient with respect to them."""
+        samples = [micro_batch.samples for micro_batch in micro_batches]
+        joint = Joint(outputs, samples)
+        targets = Joint([micro_batch.targets for micro_batch in micro_batches], samples)
+        loss = self._forward.loss(joint.tree, detached(targets.tree))
+        large_batch.add_loss(loss, 1.0)
+        with self._backward(large_batch, 1.0):
+            run_back(self._roots(loss, 1.0))
+        return joint
+
+    def _roots(self, loss: Tensor, seed: Weight) -> Roots:
+        """Where a backward pass starts, and the gradient it starts with."""
+        if self._grad_scaler is not None:
+            loss = self._grad_scaler.scale(loss)
+        return [(loss, _as_gradient(seed, loss))]
+
+    @contextmanager
+    def _backward(self, large_batch: LargeBatch, scale: float) -> Iterator[None]:
+        """A backward pass: its gradients, ``scale`` times, go to the accumulators."""
+        with large_batch.accumulators.collecting(scale), backward_context(self._device.type):
+            yield
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""

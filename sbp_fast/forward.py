@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .batches import MicroBatch, PyTree
 
+Roots = list[tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -46,6 +48,11 @@ class Forward:
                 _check_no_broadcast(outputs, targets)
             loss = self.loss_fn(outputs, targets)
         return _check_loss(loss)
+
+
+def run_back(roots: Roots) -> None:
+    """The backward pass from these tensors, each with its gradient."""
+    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
 
 
 def backward_context(device_type: str) -> AbstractContextManager[Any]:

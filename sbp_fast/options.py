@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .batches import PyTree
+from .loss import LossContract
 from .ops import BACKENDS, GRADIENT_DTYPES
 from .parameters import Parameters
 
@@ -26,8 +27,6 @@ Normalization = str | Callable[[PyTree], "float | Tensor"]
 # Options whose other values belong to the contract but are not there yet: what works instead.
 _NOT_YET: dict[str, dict[Any, str]] = {
     "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
-    "dropout": {"per_sample": "dropout='native'"},
-    "cross_sample_loss": {True: "a loss that is a mean or a sum over samples"},
     "activations": {
         "recompute": "activations='keep', with torch.utils.checkpoint inside the model",
         "offload": "activations='keep', under torch.autograd.graph.save_on_cpu",
@@ -36,8 +35,8 @@ _NOT_YET: dict[str, dict[Any, str]] = {
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "batch_norm": ("exact", "micro_batch"),
-    "dropout": ("native",),
-    "cross_sample_loss": (False,),
+    "dropout": ("per_sample", "native"),
+    "cross_sample_loss": (False, True),
     "activations": ("keep",),
     "backend": BACKENDS,
 }
@@ -212,6 +211,27 @@ def check_loss_fn(loss_fn: Any) -> None:
             f"loss_fn is {loss_fn!r}; it must be callable as loss_fn(outputs, targets), or None for "
             "a model that returns its own loss"
         )
+
+
+def cross_sample_contract(
+    loss_fn: Callable[..., Any] | None, normalization: Normalization
+) -> LossContract:
+    """The contract of a loss over the whole large batch: there is nothing to divide.
+
+    Raises:
+        ValueError: there is no loss_fn to give all outputs to, or a normalization of parts is asked for.
+    """
+    if loss_fn is None:
+        raise ValueError(
+            "cross_sample_loss=True needs a loss_fn that takes the outputs of the whole large batch; a "
+            "model that returns its own loss sees one micro-batch only: let it return its outputs"
+        )
+    if normalization != "auto":
+        raise ValueError(
+            f"normalization is {normalization!r} with cross_sample_loss=True, where loss_fn is called "
+            "once for the whole large batch and does its own averaging; leave it at 'auto'"
+        )
+    return LossContract(weigh=None)
 
 
 def check_grad_scaler(grad_scaler: Any) -> None:

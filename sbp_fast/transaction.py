@@ -63,6 +63,10 @@ class Transaction:
         """
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
+        self.put_buffers_back()
+
+    def put_buffers_back(self) -> None:
+        """Puts the buffers back alone."""
         for module, buffers in self._registered:
             # In one go, for their order: it is the order of the state dict.
             module._buffers.clear()

@@ -25,7 +25,7 @@ from .. import ops
 from ..memory.host_store import Held, HostStore
 from . import statistics
 from .cut_graph import CutGraph
-from .intercept import answering
+from .intercept import answering, native
 from .lockstep import Lockstep, Member, in_both_directions
 from .statistics import Moments
 
@@ -115,7 +115,8 @@ class ExactBatchNorm:
         backend: str,
     ) -> None:
         self.thread = threading.get_ident()
-        self.in_backward = False
+        self.answers = {"batch_norm": self.batch_norm}
+        self._in_backward = False
         self._lockstep = lockstep
         self._store = store
         self._deliver = deliver
@@ -156,12 +157,18 @@ class ExactBatchNorm:
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        momentum: float,
-        eps: float,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
     ) -> Tensor:
         """What ``torch.nn.functional.batch_norm`` is to the micro-batch that runs."""
+        if not training:
+            output: Tensor = native("batch_norm")(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+            return output
         arguments = _Arguments(
             self._layers.name_of(running_mean, weight),
             *(running_mean, running_var, weight, bias, momentum, eps),
@@ -173,7 +180,7 @@ class ExactBatchNorm:
             )
         values = ops.batch_norm_statistics(input.detach(), backend=self._backend)
         moments = Moments(input.numel() // input.shape[1], values[0], values[1])
-        if self.in_backward:
+        if self._in_backward:
             return self._recompute(input, arguments, moments)
         member = self._running()
         edges = arguments.edges(input) if torch.is_grad_enabled() else []
@@ -274,7 +281,7 @@ class ExactBatchNorm:
         del roots, pairs
         for member in members:
             member.result = None
-        self.in_backward = True
+        self._in_backward = True
         with answering(self), self._layers.counts_kept():
             for level in range(len(self._calls), -1, -1):
                 self._run_level(level, starts)
@@ -374,8 +381,8 @@ class ExactBatchNorm:
 
     # Both ways
 
-    def is_computing(self) -> bool:
-        return self._lockstep.current is not None
+    def is_computing(self, in_autograd: bool) -> bool:
+        return self._lockstep.current is not None and (self._in_backward or not in_autograd)
 
     def _running(self) -> Member[Any]:
         member = self._lockstep.current

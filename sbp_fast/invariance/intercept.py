@@ -1,7 +1,7 @@
-"""Lets a large batch answer the calls of ``torch.nn.functional.batch_norm`` that its model makes.
+"""Lets a step answer the calls of functions in ``torch.nn.functional`` that its model makes.
 
-All batch norm of torch passes through that function: the modules, subclasses that fuse an activation,
-and models that call it themselves.
+All of torch's own modules go through these functions, as do subclasses that fuse an activation and
+models that call them directly. A model that imported a function by name is not seen.
 """
 
 from __future__ import annotations
@@ -9,90 +9,105 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-_native = functional.batch_norm
+Function = Callable[..., Any]
 
 
 class Responder(Protocol):
-    """Answers batch norm in training mode."""
+    """Answers calls by the functions' names, with their signatures."""
 
     thread: int
-    in_backward: bool
 
-    def is_computing(self) -> bool:
-        """Whether one of its micro-batches runs now, so that a call is one of theirs."""
+    @property
+    def answers(self) -> Mapping[str, Function]: ...
 
-    def batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        momentum: float,
-        eps: float,
-    ) -> Tensor: ...
+    def is_computing(self, in_autograd: bool) -> bool:
+        """Whether one of its micro-batches runs now, so that a call from its thread is one of theirs.
+        ``in_autograd``: the call comes out of a backward pass, perhaps on a thread of autograd's:
+        checkpoints compute their part of the model again there."""
 
 
 _responders: list[Responder] = []
 _lock = threading.Lock()
 
 
+def native(name: str) -> Function:
+    """The function that torch itself has under this name."""
+    return _NATIVE[name]
+
+
 @contextmanager
 def answering(responder: Responder) -> Iterator[None]:
-    """While inside, calls in training mode from the responder's thread go to it. In its backward pass,
-    those from autograd's threads as well: checkpoints compute their part of the model again there."""
+    """While inside, the responder answers what its micro-batches call."""
     with _lock:
         _responders.append(responder)
-        functional.batch_norm = _opaque(_batch_norm)
+        _install(responder.answers)
     try:
         yield
     finally:
         with _lock:
             _responders.remove(responder)
-            if not _responders:
-                functional.batch_norm = _native
+            _install(responder.answers)
 
 
-def _opaque(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def ask(name: str, otherwise: Function, *args: Any, **kwargs: Any) -> Any:
+    """Has a responder answer the call, or, where there is none for it, calls ``otherwise``."""
+    thread = threading.get_ident()
+    in_autograd = torch._C._current_graph_task_id() != -1
+    for responder in reversed(_responders):
+        if (
+            name in responder.answers
+            and (in_autograd or responder.thread == thread)
+            and responder.is_computing(in_autograd)
+        ):
+            return responder.answers[name](*args, **kwargs)
+    return otherwise(*args, **kwargs)
+
+
+def opaque(function: Function) -> Function:
     """Not to be compiled; but to say so imports the compiler, which takes seconds."""
     return _disabled(function) if "torch._dynamo" in sys.modules else function
 
 
 @functools.cache
-def _disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    disabled: Callable[..., Tensor] = torch.compiler.disable(function)
+def _disabled(function: Function) -> Function:
+    disabled: Function = torch.compiler.disable(function)
     return disabled
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    responder = _responder() if training else None
-    if responder is None:
-        return _native(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return responder.batch_norm(input, running_mean, running_var, weight, bias, momentum, eps)
+def _install(names: Mapping[str, Function]) -> None:
+    for name in names:
+        if hasattr(functional, name):
+            asked = any(name in responder.answers for responder in _responders)
+            setattr(functional, name, opaque(_ASKING[name]) if asked else _NATIVE[name])
 
 
-def _responder() -> Responder | None:
-    thread = threading.get_ident()
-    in_autograd = torch._C._current_graph_task_id() != -1
-    for responder in reversed(_responders):
-        is_its_thread = responder.thread == thread or (responder.in_backward and in_autograd)
-        if is_its_thread and responder.is_computing():
-            return responder
-    return None
+def _asking(name: str) -> Function:
+    function = _NATIVE[name]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ask(name, function, *args, **kwargs)
+
+    return call
+
+
+_NATIVE: dict[str, Function] = {
+    name: getattr(functional, name)
+    for name in (
+        "batch_norm",
+        "dropout",
+        "alpha_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "feature_alpha_dropout",
+    )
+}
+_ASKING = {name: _asking(name) for name in _NATIVE}

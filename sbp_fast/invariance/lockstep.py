@@ -14,6 +14,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from ..memory.host_store import HostStore
+from .dropout import Draws
+from .sampling import Sampling
 from .thread_state import ThreadState, why_not_suspendable
 
 Result = TypeVar("Result")
@@ -28,6 +30,7 @@ class Member(Generic[Result]):
         # What it brings to the meeting point, and whether it has reached its end.
         self.message: Any = None
         self.finished = False
+        self.draws: Draws | None = None
         self._run = run
         self._greenlet = greenlet(self._go)
         self._state: ThreadState | None = None
@@ -44,15 +47,14 @@ class Lockstep(Generic[Result]):
 
     Args:
         device: of the computation; its streams belong to what is kept per member.
-        generators: random number generators of which every member keeps its own state.
+        sampling: what a member draws is its own, whoever runs in between.
         store: where what a suspended member holds waits.
     """
 
-    def __init__(
-        self, device: torch.device, generators: list[torch.Generator], store: HostStore
-    ) -> None:
+    def __init__(self, device: torch.device, sampling: Sampling, store: HostStore) -> None:
         self._device = device
-        self._generators = generators
+        self._sampling = sampling
+        self._generators = sampling.generators
         self._store = store
         self._hub = getcurrent()
         self._last: Member[Result] | None = None
@@ -107,9 +109,12 @@ class Lockstep(Generic[Result]):
             member._needs = []
             self._last = member
         self.current = member
+        self._sampling.current = member.draws
         try:
             yield
         finally:
+            member.draws = self._sampling.current
+            self._sampling.current = None
             self.current = None
 
     def abandon(self) -> None:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
-from .forward import Forward, Roots, backward_context, run_back
+from .forward import Forward
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
-from .invariance.batch_norm import ExactBatchNorm, has_batch_norm
-from .invariance.cross_sample import Joint, check_same_outputs, detached, roots_of
+from .invariance.batch_norm import has_batch_norm
 from .invariance.layout import Layouts
-from .invariance.lockstep import Lockstep
 from .invariance.sampling import Sampling
 from .large_batch import LargeBatch
-from .loss import Shares, Weight, read_contract
+from .loss import Shares, read_contract
+from .memory import LiveBytes
 from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
+from .passes import Computation, compute_one_by_one, compute_together, compute_twice
 from .result import StepResult
-from .streaming import Arrival, PinnedRing, stream_to
+from .streaming import PinnedRing, stream_to
 from .transaction import Transaction
 
 
@@ -48,13 +48,21 @@ class StreamedAccumulator:
             loss (itself, as ``.loss`` or under the key ``"loss"``).
         micro_batch_size: samples computed at once.
         memory_budget: not available yet; see :func:`sbp_fast.memory.memory_budget`.
+        host_budget: the most host memory that may wait while other micro-batches compute, which only
+            exact batch norm needs: ``"32GiB"`` or bytes; None for no bound.
+        spill_directory: where memory-mapped files hold what is beyond ``host_budget``.
         normalization: how the loss averages. ``"auto"`` reads it off a torch loss; anything else is
             declared: ``"mean"`` (over samples), ``"tokens"`` (over targets that are not -100), ``"sum"``
             (no division), ``"inverse_sqrt"`` (the paper's ``Loss / sqrt(B)``), or a callable that takes
             a micro-batch's targets (its inputs, if there are no targets) and returns its weight.
-        batch_norm: ``"micro_batch"``: each micro-batch is normalised by itself.
-        dropout: ``"native"``: the model's own.
-        cross_sample_loss: False: the loss is a mean or a sum over samples.
+        batch_norm: ``"exact"``: layers in training mode normalise with the statistics of the whole large
+            batch, as if it had been computed at once; all micro-batches then run in lockstep, and what
+            the others need for their backward pass waits in host memory. ``"micro_batch"``: each
+            micro-batch is normalised by itself.
+        dropout: ``"per_sample"``: a sample's masks depend on its place in the large batch and on torch's
+            seed, so that they are the same for any split; ``"native"``: the model's own.
+        cross_sample_loss: True: ``loss_fn`` is called once, with the outputs (and targets) of all micro-
+            batches joined along the first dimension: for losses that compare samples.
         activations: ``"keep"``: they live from forward to backward.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
@@ -76,6 +84,8 @@ class StreamedAccumulator:
         *,
         micro_batch_size: int,
         memory_budget: str | int | None = None,
+        host_budget: str | int | None = None,
+        spill_directory: str | os.PathLike[str] | None = None,
         normalization: options.Normalization = "auto",
         batch_norm: str = "exact",
         dropout: str = "per_sample",
@@ -101,6 +111,8 @@ class StreamedAccumulator:
         self._loss_fn = loss_fn
         self._batch_norm = batch_norm
         self._layouts = Layouts() if dropout == "per_sample" else None
+        self._host_budget = options.check_host_budget(host_budget)
+        self._spill_directory = options.check_spill_directory(spill_directory, host_budget)
         self._cross_sample_loss = cross_sample_loss
         self._modules = modules_of(model, loss_fn)
         self._optimizer = optimizer
@@ -217,8 +229,13 @@ class StreamedAccumulator:
         large_batch = LargeBatch(
             shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
-        arrivals = stream_to(self._device, micro_batches, self._ring)
         must_meet = self._must_meet(micro_batches)
+        arrivals = stream_to(
+            self._device,
+            micro_batches,
+            self._ring,
+            keep=is_stream(inputs) and (must_meet or self._cross_sample_loss),
+        )
         with (
             torch.enable_grad(),
             Sampling(
@@ -229,18 +246,38 @@ class StreamedAccumulator:
                 backend=self._backend,
             ) as sampling,
         ):
+            computation = Computation(
+                self._device, self._forward, large_batch, sampling, self._grad_scaler
+            )
             if must_meet:
-                self._compute_in_lockstep(arrivals, large_batch, sampling)
+                store = self._host_store(large_batch.meter.counter)
+                compute_together(
+                    arrivals,
+                    computation,
+                    self._modules,
+                    self._hooks.deliver,
+                    store,
+                    cross_sample_loss=self._cross_sample_loss,
+                    backend=self._backend,
+                )
+                large_batch.host_bytes = store.peak_host_bytes
+                large_batch.spilled_bytes = store.peak_file_bytes
             elif self._cross_sample_loss:
-                self._compute_twice(arrivals, large_batch, sampling)
+                compute_twice(arrivals, computation, self._transaction.put_buffers_back)
             else:
-                self._compute_one_by_one(arrivals, large_batch, sampling)
+                compute_one_by_one(arrivals, computation)
         return large_batch
 
     def _must_meet(self, micro_batches: Iterable[MicroBatch]) -> bool:
         """Whether there are statistics to be computed from several micro-batches."""
         is_whole = isinstance(micro_batches, list) and len(micro_batches) == 1
         return self._batch_norm == "exact" and not is_whole and has_batch_norm(self._modules)
+
+    def _host_store(self, counter: LiveBytes | None) -> HostStore:
+        store = HostStore(self._device, self._host_budget, self._spill_directory, counter)
+        store.leave_alone(self._parameters.all)
+        store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
+        return store
 
     def _split(
         self, inputs: PyTree | Iterable[Any], targets: PyTree
@@ -257,134 +294,6 @@ class StreamedAccumulator:
                 "(inputs, targets)"
             )
         return split_stream(inputs, size, with_targets=self._loss_fn is not None), shares
-
-    def _compute_one_by_one(
-        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
-    ) -> None:
-        """Each micro-batch forward and backward before the next: nothing of it is kept."""
-        for arrival in arrivals:
-            if arrival.is_last:
-                large_batch.accumulators.observe()
-            self._compute(arrival.micro_batch, large_batch, sampling)
-            # Its memory is wanted for the next one, which is sent before the loop comes round.
-            del arrival
-
-    def _compute(
-        self, micro_batch: MicroBatch, large_batch: LargeBatch, sampling: Sampling
-    ) -> None:
-        """One micro-batch, forward and backward, with its share of the large batch."""
-        sampling.begin(large_batch.shares.samples, micro_batch.samples)
-        share = large_batch.shares.take(micro_batch)
-        if _is_nothing(share):
-            return
-        loss = self._forward.loss(self._forward.outputs(micro_batch), micro_batch.targets)
-        loss = large_batch.add_loss(loss, share)
-        # A share seeds the backward pass, so that gradients arrive ready to be kept. A loss in 16 bits
-        # would round it: then it scales the gradients as they are added, in the accumulators' precision
-        # (a share on the device must be read for that).
-        narrow = loss.dtype in (torch.bfloat16, torch.float16)
-        scale, seed = (float(share), 1.0) if narrow else (1.0, share)
-        with self._backward(large_batch, scale):
-            run_back(self._roots(loss, seed))
-
-    def _compute_in_lockstep(
-        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
-    ) -> None:
-        """All micro-batches forward together, from batch norm to batch norm, and back together."""
-        store = HostStore(self._device)
-        store.leave_alone(self._parameters.all)
-        store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
-        together = ExactBatchNorm(
-            self._modules,
-            Lockstep(self._device, sampling, store),
-            store,
-            self._hooks.deliver,
-            self._backend,
-        )
-        micro_batches: list[MicroBatch] = []
-
-        def run(micro_batch: MicroBatch, first_sample: int, share: Weight) -> Any:
-            sampling.begin(first_sample, micro_batch.samples)
-            outputs = self._forward.outputs(micro_batch)
-            if self._cross_sample_loss:
-                return outputs
-            # One that counts for nothing in the loss counts in the statistics.
-            if _is_nothing(share):
-                return []
-            loss = self._forward.loss(outputs, micro_batch.targets)
-            return self._roots(large_batch.add_loss(loss, share), share)
-
-        def begin(micro_batch: MicroBatch) -> Callable[[], Any]:
-            micro_batches.append(micro_batch)
-            first_sample = large_batch.shares.samples
-            return partial(run, micro_batch, first_sample, large_batch.shares.take(micro_batch))
-
-        results = together.forward(begin(arrival.micro_batch) for arrival in arrivals)
-        if self._cross_sample_loss:
-            joint = self._joint_loss(results, micro_batches, large_batch)
-            results = [
-                roots_of(outputs, joint.gradients(position))
-                for position, outputs in enumerate(results)
-            ]
-        with self._backward(large_batch, 1.0):
-            together.backward(results)
-
-    def _compute_twice(
-        self, arrivals: Iterable[Arrival], large_batch: LargeBatch, sampling: Sampling
-    ) -> None:
-        """All outputs first, without graphs; then, with the loss's gradient, each micro-batch again."""
-        micro_batches, outputs = [], []
-        with torch.no_grad():
-            for arrival in arrivals:
-                micro_batch = arrival.micro_batch
-                sampling.begin(large_batch.shares.samples, micro_batch.samples)
-                large_batch.shares.take(micro_batch)
-                micro_batches.append(micro_batch)
-                outputs.append(detached(self._forward.outputs(micro_batch)))
-        joint = self._joint_loss(outputs, micro_batches, large_batch)
-        del outputs
-        # From the same buffers through the same changes to the same end.
-        self._transaction.put_buffers_back()
-        first_sample = 0
-        distances = []
-        for position, micro_batch in enumerate(micro_batches):
-            sampling.begin(first_sample, micro_batch.samples)
-            first_sample += micro_batch.samples
-            if position == len(micro_batches) - 1:
-                large_batch.accumulators.observe()
-            again = self._forward.outputs(micro_batch)
-            distances.append(joint.distance(position, again))
-            roots = roots_of(again, joint.gradients(position))
-            del again
-            if roots:
-                with self._backward(large_batch, 1.0):
-                    run_back(roots)
-        check_same_outputs(distances)
-
-    def _joint_loss(
-        self, outputs: list[PyTree], micro_batches: list[MicroBatch], large_batch: LargeBatch
-    ) -> Joint:
-        """The loss of all outputs together, and its gradient with respect to them."""
-        samples = [micro_batch.samples for micro_batch in micro_batches]
-        joint = Joint(outputs, samples)
-        targets = Joint([micro_batch.targets for micro_batch in micro_batches], samples)
-        loss = self._forward.loss(joint.tree, detached(targets.tree))
-        large_batch.add_loss(loss, 1.0)
-        with self._backward(large_batch, 1.0):
-            run_back(self._roots(loss, 1.0))
-        return joint
-
-    def _roots(self, loss: Tensor, seed: Weight) -> Roots:
-        """Where a backward pass starts, and the gradient it starts with."""
-        if self._grad_scaler is not None:
-            loss = self._grad_scaler.scale(loss)
-        return [(loss, _as_gradient(seed, loss))]
-
-    @contextmanager
-    def _backward(self, large_batch: LargeBatch, scale: float) -> Iterator[None]:
-        """A backward pass: its gradients, ``scale`` times, go to the accumulators."""
-        with large_batch.accumulators.collecting(scale), backward_context(self._device.type):
-            yield
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""
@@ -421,15 +330,3 @@ def _scaler_kept(scaler: GradScaler) -> Iterator[None]:
     except BaseException:
         scaler.update(scaler.get_scale())
         raise
-
-
-def _is_nothing(share: Weight) -> bool:
-    """All targets are ignored: nothing to learn, and the mean over nothing is NaN."""
-    return not isinstance(share, Tensor) and share == 0.0
-
-
-def _as_gradient(seed: Weight, loss: Tensor) -> Tensor:
-    """The seed as a gradient of the loss, made without a copy from the host: that would wait."""
-    if isinstance(seed, Tensor):
-        return seed.to(loss.dtype)
-    return torch.full_like(loss, seed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import MicroBatch, PyTree
+from .batches import PyTree
 
 Roots = list[tuple[Tensor, Tensor]]
 
@@ -27,10 +27,10 @@ class Forward:
     autocast: Callable[[], AbstractContextManager[Any]]
     elementwise: bool
 
-    def outputs(self, micro_batch: MicroBatch) -> Any:
+    def outputs(self, inputs: PyTree) -> Any:
         """What the model makes of one micro-batch; of a model that returns its own loss, that loss."""
         with self.autocast():
-            outputs = _call(self.model, micro_batch.inputs)
+            outputs = _call(self.model, inputs)
             return _own_loss(outputs) if self.loss_fn is None else outputs
 
     def loss(self, outputs: Any, targets: PyTree) -> Tensor:
@@ -48,11 +48,6 @@ class Forward:
                 _check_no_broadcast(outputs, targets)
             loss = self.loss_fn(outputs, targets)
         return _check_loss(loss)
-
-
-def run_back(roots: Roots) -> None:
-    """The backward pass from these tensors, each with its gradient."""
-    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
 
 
 def backward_context(device_type: str) -> AbstractContextManager[Any]:

@@ -24,6 +24,8 @@ class LargeBatch:
     shares: Shares
     accumulators: Accumulators
     meter: PeakMeter
+    host_bytes: int = 0
+    spilled_bytes: int = 0
     loss: Tensor = field(init=False)
     grad_norm: Tensor = field(init=False)
 
@@ -62,6 +64,8 @@ class LargeBatch:
             micro_batches=self.shares.micro_batches,
             micro_batch_size=self.shares.micro_batch_size,
             peak_bytes=self.meter.peak_bytes(),
+            host_bytes=self.host_bytes,
+            spilled_bytes=self.spilled_bytes,
             noise_scale=None,
             skipped=skipped,
         )

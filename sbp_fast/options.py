@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .batches import PyTree
 from .loss import LossContract
+from .memory import parse_bytes
 from .ops import BACKENDS, GRADIENT_DTYPES
 from .parameters import Parameters
 
@@ -83,6 +85,28 @@ def check_memory_budget(value: Any) -> None:
             f"memory_budget={value!r} is not available yet; pass micro_batch_size=an int that fits, and "
             "use sbp_fast.memory.memory_budget(device, bytes) to enforce a bound"
         )
+
+
+def check_host_budget(value: Any) -> int | None:
+    """Bytes. Raises TypeError or ValueError for what is no size."""
+    return None if value is None else parse_bytes(value)
+
+
+def check_spill_directory(value: Any, host_budget: Any) -> Path | None:
+    """Raises ValueError for what is no directory, or has nothing to spill."""
+    if value is None:
+        return None
+    directory = Path(value)
+    if not directory.is_dir():
+        raise ValueError(
+            f"spill_directory is {str(value)!r}, which is no directory; make it first, on a disk with room"
+        )
+    if host_budget is None:
+        raise ValueError(
+            f"spill_directory is {str(value)!r} without a host_budget, so nothing would be spilled; give "
+            "the host memory that may be used, '32GiB' say"
+        )
+    return directory
 
 
 def check_max_grad_norm(value: Any) -> float | None:

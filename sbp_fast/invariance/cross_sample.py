@@ -83,8 +83,8 @@ class Joint:
             gradients.append(gradient if rows is not None or position == 0 else None)
         return gradients
 
-    def distance(self, position: int, outputs: PyTree) -> Tensor:
-        """How far one micro-batch's outputs are from those that were joined: 0 or 1, on the device."""
+    def differ(self, position: int, outputs: PyTree) -> Tensor:
+        """Whether a micro-batch's outputs are not those that were joined; read on the device."""
         apart = []
         for leaf, rows, again in zip(
             self._leaves, self._rows, pytree.tree_leaves(outputs), strict=True
@@ -117,10 +117,10 @@ def detached(outputs: PyTree) -> PyTree:
     )
 
 
-def check_same_outputs(distances: Sequence[Tensor]) -> None:
+def check_same_outputs(differ: Sequence[Tensor]) -> None:
     """Raises RuntimeError where the model's second pass differs from its first. Waits for the device."""
-    for position, is_apart in enumerate(torch.stack(list(distances)).tolist()):
-        if is_apart:
+    for position, differs in enumerate(torch.stack(list(differ)).tolist()):
+        if differs:
             raise RuntimeError(
                 f"the model's outputs for micro-batch {position} are not the same when they are computed "
                 "again; with cross_sample_loss=True every micro-batch runs twice, so the model must not "

@@ -38,6 +38,9 @@ class Layout:
         return outer, samples
 
 
+# Of sums over many elements, on devices that add them in another order each time.
+_ROUNDING = 1e-6
+
 SAMPLES_FIRST = Layout(0)
 NO_SAMPLES = Layout(None)
 
@@ -59,11 +62,12 @@ class Fingerprint:
         ]
 
     def changed(self, other: Fingerprint) -> list[set[int]]:
-        """For every dimension the indices at which the tensors differ."""
-        return [
-            set(torch.nonzero(mine != theirs).flatten().tolist())
-            for mine, theirs in zip(self._sums, other._sums, strict=True)
-        ]
+        """For every dimension the indices at which the tensors differ by more than rounding."""
+        indices = []
+        for mine, theirs in zip(self._sums, other._sums, strict=True):
+            differs = (mine - theirs).abs() > _ROUNDING * mine.abs().max() if mine.numel() else mine
+            indices.append(set(torch.nonzero(differs).flatten().tolist()))
+        return indices
 
 
 def recognise(

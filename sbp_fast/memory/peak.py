@@ -9,27 +9,31 @@ from .live_bytes import LiveBytes
 
 
 class PeakMeter:
-    """Measures from its creation to :meth:`peak_bytes`."""
+    """Measures from its creation to :meth:`peak_bytes`.
+
+    Attributes:
+        counter: what counts on the CPU; None where nothing does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._counter: LiveBytes | None = None
+        self.counter: LiveBytes | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             modes = _get_current_dispatch_mode_stack()
-            self._counter = next((m for m in reversed(modes) if isinstance(m, LiveBytes)), None)
-        if self._counter is not None:
-            self._peak_before = self._counter.peak_bytes
-            self._counter.reset_peak()
+            self.counter = next((m for m in reversed(modes) if isinstance(m, LiveBytes)), None)
+        if self.counter is not None:
+            self._peak_before = self.counter.peak_bytes
+            self.counter.reset_peak()
 
     def peak_bytes(self) -> int | None:
         """Bytes; None on a device where nothing counts them."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if self._counter is None:
+        if self.counter is None:
             return None
-        peak = self._counter.peak_bytes
+        peak = self.counter.peak_bytes
         # Whoever counts over a longer time keeps the larger peak.
-        self._counter.peak_bytes = max(peak, self._peak_before)
+        self.counter.peak_bytes = max(peak, self._peak_before)
         return peak

@@ -22,7 +22,11 @@ class Arrival(NamedTuple):
 
 
 def stream_to(
-    device: torch.device, micro_batches: Iterable[MicroBatch], ring: PinnedRing | None
+    device: torch.device,
+    micro_batches: Iterable[MicroBatch],
+    ring: PinnedRing | None,
+    *,
+    keep: bool = False,
 ) -> Iterator[Arrival]:
     """Yields micro-batches with their tensors on ``device``, in order.
 
@@ -31,17 +35,22 @@ def stream_to(
     is read ahead: NumPy rows become tensors, and the last item of a stream is not known to be the last.
 
     Args:
+        keep: micro-batches are wanted after the next has come: where they do not travel they are copied,
+            since a stream may use its memory again.
         ring: where host memory is staged for a CUDA device; None for other devices.
     """
     if ring is not None:
         return _send_ahead(device, micro_batches, ring)
-    return _hand_on(device, micro_batches)
+    return _hand_on(device, micro_batches, keep)
 
 
-def _hand_on(device: torch.device, micro_batches: Iterable[MicroBatch]) -> Iterator[Arrival]:
+def _hand_on(
+    device: torch.device, micro_batches: Iterable[MicroBatch], keep: bool
+) -> Iterator[Arrival]:
     last = len(micro_batches) if isinstance(micro_batches, Sized) else None
     for position, micro_batch in enumerate(micro_batches, start=1):
-        yield Arrival(_moved(micro_batch, device, None), is_last=position == last)
+        moved = _moved(micro_batch, device, None)
+        yield Arrival(_copied(moved) if keep else moved, is_last=position == last)
 
 
 def _send_ahead(
@@ -74,6 +83,14 @@ def _send_next(
     sent = _Sent(_moved(micro_batch, device, ring), ticket)
     ring.close()
     return sent
+
+
+def _copied(micro_batch: MicroBatch) -> MicroBatch:
+    inputs, targets = (
+        pytree.tree_map_only(Tensor, Tensor.clone, tree)
+        for tree in (micro_batch.inputs, micro_batch.targets)
+    )
+    return MicroBatch(inputs, targets, micro_batch.samples)
 
 
 def _moved(micro_batch: MicroBatch, device: torch.device, ring: PinnedRing | None) -> MicroBatch:

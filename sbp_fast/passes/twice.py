@@ -1,0 +1,52 @@
+"""All outputs first, without graphs; then, with the loss's gradient, each micro-batch again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..batches import MicroBatch
+from ..invariance.cross_sample import check_same_outputs, detached, roots_of
+from ..streaming import Arrival
+from .computation import Computation, run_back
+
+
+def compute_twice(
+    arrivals: Iterable[Arrival], computation: Computation, put_buffers_back: Callable[[], None]
+) -> None:
+    """For a loss that compares samples. The inputs of the whole large batch stay on the device.
+
+    Args:
+        put_buffers_back: gives the modules' buffers the contents that they had before the step.
+
+    Raises:
+        RuntimeError: the model computed something else the second time.
+    """
+    forward, sampling = computation.forward, computation.sampling
+    micro_batches: list[MicroBatch] = []
+    first_samples, outputs = [], []
+    with torch.no_grad():
+        for arrival in arrivals:
+            micro_batches.append(arrival.micro_batch)
+            first_sample, _ = computation.take_share(arrival.micro_batch)
+            first_samples.append(first_sample)
+            sampling.begin(first_sample, arrival.micro_batch.samples)
+            outputs.append(detached(forward.outputs(arrival.micro_batch.inputs)))
+    joint = computation.joint_loss(outputs, micro_batches)
+    del outputs
+    # From the same buffers through the same changes to the same end.
+    put_buffers_back()
+    differ = []
+    for position, micro_batch in enumerate(micro_batches):
+        sampling.begin(first_samples[position], micro_batch.samples)
+        if position == len(micro_batches) - 1:
+            computation.large_batch.accumulators.observe()
+        again = forward.outputs(micro_batch.inputs)
+        differ.append(joint.differ(position, again))
+        roots = roots_of(again, joint.gradients(position))
+        del again
+        if roots:
+            with computation.collecting():
+                run_back(roots)
+    check_same_outputs(differ)

@@ -74,6 +74,12 @@ class CutGraph:
     def _claim(self, node: Node, level: int) -> bool:
         if node in self._level_of or node in self._cuts or type(node) is _ACCUMULATE_GRAD:
             return False
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "a reentrant checkpoint computes its gradients in one go, and cannot wait for the other "
+                "micro-batches at batch norm; pass use_reentrant=False to torch.utils.checkpoint "
+                "(gradient_checkpointing_kwargs in Transformers), or batch_norm='micro_batch'"
+            )
         self._level_of[node] = level
         return True
 
@@ -108,9 +114,8 @@ class CutGraph:
             edges,
             [GradientEdge(*edge) for edge in exits],
             gradients,
-            # The engine must not free what a nested path visits too early. A level's nodes go when the
-            # edges that lead to them do.
-            retain_graph=True,
+            # The engine frees what it visits, and it visits what is before an exit on the way to another.
+            retain_graph=_are_nested(exits),
             allow_unused=True,
         )
         for exit, result in zip(exits, results, strict=True):
@@ -138,9 +143,24 @@ class CutGraph:
         return None if take is None else take()
 
 
+def _are_nested(exits: Sequence[Edge]) -> bool:
+    """Whether a path leads from one of these nodes to another."""
+    ends = {node for node, _ in exits}
+    to_visit = list(ends) if len(ends) > 1 else []
+    visited = set(ends)
+    while to_visit:
+        for node, _ in to_visit.pop().next_functions:
+            if node in ends:
+                return True
+            if node is not None and node not in visited:
+                visited.add(node)
+                to_visit.append(node)
+    return False
+
+
 class _Running:
     """The level that runs. The engine stops at the exits it is asked for, unless a path leads on to
-    another exit: then gradients on that path end here, and come again at the level's own turn."""
+    another exit: then it goes on, with no gradient, since that comes at the level's own turn."""
 
     def __init__(self) -> None:
         self.level = 0

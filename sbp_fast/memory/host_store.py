@@ -23,9 +23,6 @@ from .live_bytes import LiveBytes
 
 _DEVICE, _HOST, _FILE = "device", "host", "file"
 
-# Smaller ones would cost a file more than they free.
-_SMALLEST_IN_A_FILE = 1 << 16
-
 
 class HostBudgetError(RuntimeError):
     """What waits in host memory does not fit into its budget."""
@@ -143,7 +140,7 @@ class HostStore:
                 f"host_budget is {format_bytes(self._budget)}; raise it, give a spill_directory, or use "
                 "a smaller large batch"
             )
-        return nbytes >= _SMALLEST_IN_A_FILE
+        return True
 
     def _file(self, nbytes: int) -> torch.UntypedStorage:
         handle, path = tempfile.mkstemp(prefix="sbp_fast-", dir=self._spill_directory)

@@ -21,6 +21,7 @@ from .invariance.sampling import Sampling
 from .large_batch import LargeBatch
 from .loss import Shares, read_contract
 from .memory import LiveBytes
+from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .ops import is_automatic, resolve
@@ -106,7 +107,8 @@ class StreamedAccumulator:
         options.check_choice("cross_sample_loss", cross_sample_loss)
         options.check_choice("activations", activations)
         options.check_choice("backend", backend)
-        options.warn_about_batch_norm(model)
+        if batch_norm == "micro_batch":
+            options.warn_about_batch_norm(model)
         self._model = model
         self._loss_fn = loss_fn
         self._batch_norm = batch_norm
@@ -274,7 +276,14 @@ class StreamedAccumulator:
         return self._batch_norm == "exact" and not is_whole and has_batch_norm(self._modules)
 
     def _host_store(self, counter: LiveBytes | None) -> HostStore:
-        store = HostStore(self._device, self._host_budget, self._spill_directory, counter)
+        store = HostStore(
+            self._device,
+            self._host_budget,
+            self._spill_directory,
+            counter,
+            # Half of what is free is left to the micro-batch that computes.
+            device_room=free_bytes(self._device) // 2,
+        )
         store.leave_alone(self._parameters.all)
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
         return store

@@ -99,7 +99,8 @@ def check_spill_directory(value: Any, host_budget: Any) -> Path | None:
     directory = Path(value)
     if not directory.is_dir():
         raise ValueError(
-            f"spill_directory is {str(value)!r}, which is no directory; make it first, on a disk with room"
+            f"spill_directory is {str(value)!r}, which is no directory; make it first, on a disk with "
+            "room"
         )
     if host_budget is None:
         raise ValueError(

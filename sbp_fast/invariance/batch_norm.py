@@ -87,12 +87,23 @@ class _Call:
 
 
 def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
-    """Whether any layer normalises with the statistics of what it is given."""
-    return any(
-        isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
-        for module in modules
-        for layer in module.modules()
-    )
+    """Whether any layer normalises with the statistics of what it is given.
+
+    Raises:
+        RuntimeError: one does that out of reach, in a scripted module.
+    """
+    found = False
+    for module in modules:
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm):
+                found |= layer.training or layer.running_mean is None
+            elif isinstance(layer, torch.jit.ScriptModule) and layer.training:
+                if layer.original_name.startswith(("BatchNorm", "SyncBatchNorm")):
+                    raise RuntimeError(
+                        f"batch norm {name!r} is in a scripted module, whose code cannot be suspended; "
+                        "pass the model from before torch.jit.script, or batch_norm='micro_batch'"
+                    )
+    return found
 
 
 class ExactBatchNorm:
@@ -265,7 +276,7 @@ class ExactBatchNorm:
 
         if not is_tracked:
             return normalise()
-        output: Tensor = _BeginGraph.apply(self._origin, normalise)  # type: ignore[no-untyped-call]
+        output: Tensor = BeginGraph.apply(self._origin, normalise)  # type: ignore[no-untyped-call]
         return output
 
     # Backward
@@ -404,7 +415,7 @@ def _unpack(held: Held) -> Tensor:
     return held.take()
 
 
-class _BeginGraph(torch.autograd.Function):
+class BeginGraph(torch.autograd.Function):
     """A tensor with a graph that begins at it, and which in-place operations may change."""
 
     @staticmethod

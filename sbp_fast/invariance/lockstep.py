@@ -111,7 +111,8 @@ class Lockstep(Generic[Result]):
         self.current = member
         self._sampling.current = member.draws
         try:
-            yield
+            with self._store.guarding():
+                yield
         finally:
             member.draws = self._sampling.current
             self._sampling.current = None

@@ -89,8 +89,8 @@ class Survey:
 def _warn_of_draws(draws: Mapping[str, set[str]]) -> None:
     listed = "; ".join(f"{site!r} ({', '.join(sorted(ops))})" for site, ops in draws.items())
     warnings.warn(
-        f"random numbers that the model draws by itself depend on the split into micro-batches: {listed}. "
-        "Dropout inside of fused attention becomes per sample with an attention that calls "
+        "random numbers that the model draws by itself depend on the split into micro-batches: "
+        f"{listed}. Dropout inside of fused attention becomes per sample with an attention that calls "
         "torch.nn.functional.dropout (attn_implementation='eager' in Transformers), or set its "
         "probability to 0; dropout='native' takes this for granted",
         stacklevel=6,

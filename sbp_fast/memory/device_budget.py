@@ -36,6 +36,15 @@ class DeviceMemory(Protocol):
     ) -> None: ...
 
 
+def free_bytes(device: torch.device) -> int:
+    """What this process may still allocate on a device of its own: 0 on the CPU, which is the host."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached
+
+
 class CudaMemory:
     """Budget and peak of this process's CUDA caching allocator.
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .budget import format_bytes
 from .live_bytes import LiveBytes
 
-_DEVICE, _HOST, _FILE = "device", "host", "file"
+# Used there, waiting there, in host memory, in a file.
+_DEVICE, _ROOM, _HOST, _FILE = "device", "room", "host", "file"
 
 
 class HostBudgetError(RuntimeError):
@@ -36,6 +38,7 @@ class HostStore:
         budget: bytes of host memory; None for no bound.
         spill_directory: where files hold what is beyond the budget; None for nowhere.
         counter: the count of device memory on the CPU, where there is one.
+        device_room: bytes that may wait on the device itself.
 
     Attributes:
         host_bytes, file_bytes: what waits now.
@@ -48,14 +51,17 @@ class HostStore:
         budget: int | None = None,
         spill_directory: Path | None = None,
         counter: LiveBytes | None = None,
+        device_room: int = 0,
     ) -> None:
-        self._device = device
+        self.device = device
+        self._device_room = device_room
         self._budget = budget
         self._spill_directory = spill_directory
         self._counter = counter
         self._slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
         self._on_device: list[weakref.ref[_Slot]] = []
         self._resident: set[int] = set()
+        self._moves = False
         self.host_bytes = 0
         self.file_bytes = 0
         self.peak_host_bytes = 0
@@ -74,7 +80,7 @@ class HostStore:
         if (
             tensor.layout is not torch.strided
             or _is_wrapper(tensor)
-            or tensor.device != self._device
+            or tensor.device != self.device
         ):
             return Held(tensor, None)
         storage = tensor.untyped_storage()
@@ -96,6 +102,10 @@ class HostStore:
         for reference in on_device:
             slot = reference()
             if slot is not None and slot.place is _DEVICE:
+                if slot.nbytes <= self._device_room:
+                    self._device_room -= slot.nbytes
+                    slot.place = _ROOM
+                    continue
                 if slot.is_shared():
                     shared.append(slot)
                 self._send(slot)
@@ -103,15 +113,32 @@ class HostStore:
 
     def bring_back(self, slots: Iterable[_Slot]) -> None:
         for slot in slots:
-            if slot.place is not _DEVICE:
+            if slot.is_away():
                 self._bring(slot)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """While inside, operations find the contents of what they are given, whoever sent them away: a
+        tensor that a module keeps from call to call belongs to several micro-batches."""
+        if not self._moves:
+            yield
+            return
+        with _BringBackOnUse(self):
+            yield
+
+    def bring_back_storage(self, storage: torch.UntypedStorage) -> None:
+        slot = self._slots.get(storage._cdata)
+        if slot is not None and slot.is_away():
+            self._bring(slot)
 
     def _send(self, slot: _Slot) -> None:
         to_file = self._goes_to_file(slot.nbytes)
-        if to_file or self._device.type != "cpu":
+        if to_file or self.device.type != "cpu":
             contents = self._file(slot.nbytes) if to_file else self._pinned(slot.nbytes)
-            contents.copy_(slot.storage)
+            # On one stream with what is computed before and after: nobody has to wait.
+            contents.copy_(slot.storage, non_blocking=True)
             slot.contents = contents
+            self._moves = True
             if self._counter is not None:
                 self._counter.set_aside(slot.storage)
             slot.storage.resize_(0)
@@ -163,6 +190,8 @@ class HostStore:
         elif place is _FILE:
             self.file_bytes += nbytes
             self.peak_file_bytes = max(self.peak_file_bytes, self.file_bytes)
+        elif place is _ROOM:
+            self._device_room -= nbytes
 
 
 class _Slot:
@@ -180,6 +209,9 @@ class _Slot:
         """Whether anyone but this slot and those it was handed to has a tensor in this storage."""
         owners: int = torch._C._storage_Use_Count(self.storage._cdata)
         return owners > 1 + self.holders
+
+    def is_away(self) -> bool:
+        return self.place is _HOST or self.place is _FILE
 
     def __del__(self) -> None:
         self.store._account(self.place, -self.nbytes)
@@ -213,9 +245,29 @@ class Held:
                 f"operation: a tensor of shape {tuple(self._tensor.shape)} is at version "
                 f"{self._tensor._version}; expected version {self._version} instead"
             )
-        if self._slot is not None and self._slot.place is not _DEVICE:
+        if self._slot is not None and self._slot.is_away():
             self._slot.store.bring_back((self._slot,))
         return self._tensor
+
+
+class _BringBackOnUse(TorchDispatchMode):
+    def __init__(self, store: HostStore) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._store = store
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                    self._store.bring_back_storage(tensor.untyped_storage())
+        return func(*args, **kwargs)
 
 
 def _is_wrapper(tensor: Tensor) -> bool:

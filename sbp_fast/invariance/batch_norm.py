@@ -97,13 +97,18 @@ def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm):
                 found |= layer.training or layer.running_mean is None
-            elif isinstance(layer, torch.jit.ScriptModule) and layer.training:
-                if layer.original_name.startswith(("BatchNorm", "SyncBatchNorm")):
-                    raise RuntimeError(
-                        f"batch norm {name!r} is in a scripted module, whose code cannot be suspended; "
-                        "pass the model from before torch.jit.script, or batch_norm='micro_batch'"
-                    )
+            elif _is_scripted_batch_norm(layer) and layer.training:
+                raise RuntimeError(
+                    f"batch norm {name!r} is in a scripted module, whose code cannot be suspended; pass "
+                    "the model from before torch.jit.script, or batch_norm='micro_batch'"
+                )
     return found
+
+
+def _is_scripted_batch_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, torch.jit.ScriptModule) and layer.original_name.startswith(
+        ("BatchNorm", "SyncBatchNorm")
+    )
 
 
 class ExactBatchNorm:

@@ -69,6 +69,11 @@ class Sampling:
         self.current = None
         self._stack.__exit__(*error)
 
+    def end(self) -> None:
+        """No micro-batch runs: what is computed until the next begins (by a stream, to make it) is not
+        the step's."""
+        self.current = None
+
     def begin(self, first_sample: int, samples: int) -> None:
         """A micro-batch begins its forward pass; for the second time, it draws the same again."""
         self.current = Draws(first_sample, samples)

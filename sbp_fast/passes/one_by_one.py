@@ -36,3 +36,4 @@ def _compute(micro_batch: MicroBatch, computation: Computation) -> None:
     scale, seed = (float(share), 1.0) if narrow else (1.0, share)
     with computation.collecting(scale):
         run_back(computation.roots(loss, seed))
+    computation.sampling.end()

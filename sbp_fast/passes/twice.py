@@ -33,6 +33,7 @@ def compute_twice(
             first_samples.append(first_sample)
             sampling.begin(first_sample, arrival.micro_batch.samples)
             outputs.append(detached(forward.outputs(arrival.micro_batch.inputs)))
+            sampling.end()
     joint = computation.joint_loss(outputs, micro_batches)
     del outputs
     # From the same buffers through the same changes to the same end.

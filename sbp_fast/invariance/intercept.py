@@ -60,13 +60,17 @@ def ask(name: str, otherwise: Function, *args: Any, **kwargs: Any) -> Any:
     """Has a responder answer the call, or, where there is none for it, calls ``otherwise``."""
     thread = threading.get_ident()
     in_autograd = torch._C._current_graph_task_id() != -1
-    for responder in reversed(_responders):
-        if (
-            name in responder.answers
-            and (in_autograd or responder.thread == thread)
-            and responder.is_computing(in_autograd)
-        ):
+    asked = [
+        responder
+        for responder in reversed(_responders)
+        if name in responder.answers and responder.is_computing(in_autograd)
+    ]
+    for responder in asked:
+        if responder.thread == thread:
             return responder.answers[name](*args, **kwargs)
+    # A thread of autograd's works for whoever is in a backward pass.
+    if in_autograd and asked and threading.current_thread() is not threading.main_thread():
+        return asked[0].answers[name](*args, **kwargs)
     return otherwise(*args, **kwargs)
 
 

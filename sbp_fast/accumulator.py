@@ -15,7 +15,7 @@ from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .forward import Forward
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
-from .invariance.batch_norm import has_batch_norm
+from .invariance.batch_norm_layers import has_batch_norm
 from .invariance.layout import Layouts
 from .invariance.sampling import Sampling
 from .large_batch import LargeBatch
@@ -26,7 +26,9 @@ from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
-from .passes import Computation, compute_one_by_one, compute_together, compute_twice
+from .passes.computation import Computation
+from .passes.one_by_one import compute_one_by_one
+from .passes.twice import compute_twice
 from .result import StepResult
 from .streaming import PinnedRing, stream_to
 from .transaction import Transaction
@@ -252,6 +254,9 @@ class StreamedAccumulator:
                 self._device, self._forward, large_batch, sampling, self._grad_scaler
             )
             if must_meet:
+                # Here, since nothing else needs greenlet, which a machine without network may lack.
+                from .passes.together import compute_together
+
                 store = self._host_store(large_batch.meter.counter)
                 compute_together(
                     arrivals,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from sbp_fast import ops
-from sbp_fast.bench import cli, environment, goals, kernels, plots, rivals, step
+from sbp_fast.bench import cli, environment, exact, goals, kernels, plots, rivals, step
 from sbp_fast.bench.case import Case, Contender
-from sbp_fast.bench.models import resnet18
+from sbp_fast.bench.models import resnet18, resnet50
 from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, write_csv
 from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.step import StepSize
@@ -29,6 +30,8 @@ TINY_PLAN = cli.Plan(
     kernel_rounds=2,
     step_rounds=2,
     sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
+    exact_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
+    exact_rounds=2,
 )
 
 
@@ -281,6 +284,13 @@ def test_resnet50_shapes_are_those_of_the_paper():
     assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
 
 
+def test_resnet50_has_its_parameters_and_norms():
+    model = resnet50(classes=1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032
+    assert sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules()) == 53
+    assert resnet50(width=4)(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
 def test_resnet18_has_its_parameters_and_logits():
     assert sum(parameter.numel() for parameter in resnet18(classes=1000).parameters()) == 11_689_512
     assert resnet18(width=4)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
@@ -361,7 +371,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_OVERHEAD_CALLS", 1)
     rows = cli.bench(CPU, TINY_PLAN, tmp_path, step_width=4)
     # The files keep six digits.
-    written = read_csv(tmp_path / "kernels.csv") + read_csv(tmp_path / "step.csv")
+    written = [row for name in cli.SUBJECTS for row in read_csv(tmp_path / f"{name}.csv")]
     assert [(row.case, row.contender, row.ratio_to) for row in written] == [
         (row.case, row.contender, row.ratio_to) for row in rows
     ]
@@ -372,13 +382,20 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert (row.ratio_to == "") == (row.ratio_kind == "") == (row.ratio_median is None)
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
-        "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step"
+        "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
+        "exact",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:
         described = json.loads((tmp_path / f"{subject}_environment.json").read_text())
         assert described["torch"] == torch.__version__
         assert described["processor"]
+    with (tmp_path / "exact_memory.csv").open() as file:
+        memory = list(csv.DictReader(file))
+    assert [row["contender"] for row in memory] == [exact.EXACT, step.PLAIN]
+    assert int(memory[0]["host_bytes"]) > 0
+    assert int(memory[1]["host_bytes"]) == 0
+    assert float(memory[0]["device_ratio"]) < 1.5
     printed = capsys.readouterr().out
     assert "step: at most 1.02 times the plain loop" in printed
     assert "step: at most" in (tmp_path / "step_goals.txt").read_text()

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from . import environment, goals, kernels, plots, step
+from . import environment, exact, goals, kernels, plots, step
 from .case import Case
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
 from .timing import stopwatch_for
 
-SUBJECTS = ("kernels", "step")
+SUBJECTS = ("kernels", "step", "exact")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Plan:
         ceiling_elements: of each array of the ceiling.
         kernel_rounds, step_rounds: measurements of each contender.
         sizes: of the steps.
+        exact_sizes: of the steps with exact batch norm.
+        exact_rounds: measurements of each of those.
     """
 
     networks: int
@@ -35,6 +37,8 @@ class Plan:
     kernel_rounds: int
     step_rounds: int
     sizes: Sequence[StepSize]
+    exact_sizes: Sequence[StepSize]
+    exact_rounds: int
 
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -49,6 +53,8 @@ FULL = Plan(
         for pixels, batch in ((32, 16), (32, 32), (64, 16))
         for micro_batch in _MICRO_BATCHES
     ],
+    exact_sizes=[StepSize(64, 64, micro_batch) for micro_batch in (4, 8, 16)],
+    exact_rounds=7,
 )
 QUICK = Plan(
     networks=1,
@@ -56,12 +62,14 @@ QUICK = Plan(
     kernel_rounds=5,
     step_rounds=5,
     sizes=[StepSize(32, 16, micro_batch) for micro_batch in (1, 4, 16)],
+    exact_sizes=[StepSize(64, 16, 8)],
+    exact_rounds=3,
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
-_HOST_COUNTS = ("overhead", "step")
+_HOST_COUNTS = ("overhead", "step", "exact")
 
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
@@ -77,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small and few: under a minute on two cores"
     )
-    parser.add_argument(
-        "--only", choices=SUBJECTS, help="measure the kernels or the step; left out: both"
-    )
+    parser.add_argument("--only", choices=SUBJECTS, help="measure this alone; left out: all")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="left out: cuda where there is one, else cpu"
     )
@@ -137,6 +143,16 @@ def bench(
     if "step" in subjects:
         makers = step.cases(plan.sizes, device, step_width)
         rows += _measure("step", makers, plan.step_rounds, device, output)
+    if "exact" in subjects:
+        makers = exact.cases(plan.exact_sizes, device, step_width)
+        rows += _measure("exact", makers, plan.exact_rounds, device, output)
+        memory = [
+            row
+            for size in plan.exact_sizes
+            for row in exact.measure_memory(size, device, step_width)
+        ]
+        print(f"\n{exact.memory_table(memory)}")
+        exact.write_memory(output / "exact_memory.csv", memory)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
@@ -162,7 +178,9 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    draw = {"kernels": plots.draw_bandwidth, "step": plots.draw_step}[subject]
+    draw = {"kernels": plots.draw_bandwidth, "step": plots.draw_step}.get(subject)
+    if draw is None:
+        return rows
     try:
         draw(rows, output / f"{subject}.png")
     except plots.PlottingUnavailableError as reason:

@@ -70,7 +70,7 @@ def make_case(size: StepSize, device: torch.device, width: int) -> Case:
 
 
 def plain_step(model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch: int) -> Call:
-    optimizer = _optimizer(model)
+    optimizer = make_optimizer(model)
     loss_fn = nn.CrossEntropyLoss()
     samples = len(inputs)
 
@@ -86,15 +86,23 @@ def plain_step(model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch: i
 
 
 def streamed_step(model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch: int) -> Call:
-    with warnings.catch_warnings():
-        # Batch norm depends on the micro-batch in the plain loop as well.
-        warnings.simplefilter("ignore", UserWarning)
-        accumulator = StreamedAccumulator(
-            model, _optimizer(model), nn.CrossEntropyLoss(), micro_batch_size=micro_batch
-        )
+    accumulator = make_accumulator(model, micro_batch, "micro_batch")
     return lambda _: accumulator.step(inputs, targets)
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def make_accumulator(model: nn.Module, micro_batch: int, batch_norm: str) -> StreamedAccumulator:
+    with warnings.catch_warnings():
+        # "micro_batch" depends on the micro-batch, as the plain loop does.
+        warnings.simplefilter("ignore", UserWarning)
+        return StreamedAccumulator(
+            model,
+            make_optimizer(model),
+            nn.CrossEntropyLoss(),
+            micro_batch_size=micro_batch,
+            batch_norm=batch_norm,
+        )
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # A rate at which random targets make no parameter grow.
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)

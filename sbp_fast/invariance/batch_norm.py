@@ -11,19 +11,18 @@ through mean and variance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
 from ..memory.host_store import Held, HostStore
 from . import statistics
+from .batch_norm_layers import Layers
 from .cut_graph import CutGraph
 from .intercept import answering, native
 from .lockstep import Lockstep, Member, in_both_directions
@@ -84,31 +83,6 @@ class _Call:
     inv_std: Tensor
     coefficients: Tensor
     sums: Tensor | None = None
-
-
-def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
-    """Whether any layer normalises with the statistics of what it is given.
-
-    Raises:
-        RuntimeError: one does that out of reach, in a scripted module.
-    """
-    found = False
-    for module in modules:
-        for name, layer in module.named_modules():
-            if isinstance(layer, _BatchNorm):
-                found |= layer.training or layer.running_mean is None
-            elif _is_scripted_batch_norm(layer) and layer.training:
-                raise RuntimeError(
-                    f"batch norm {name!r} is in a scripted module, whose code cannot be suspended; pass "
-                    "the model from before torch.jit.script, or batch_norm='micro_batch'"
-                )
-    return found
-
-
-def _is_scripted_batch_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, torch.jit.ScriptModule) and layer.original_name.startswith(
-        ("BatchNorm", "SyncBatchNorm")
-    )
 
 
 class ExactBatchNorm:
@@ -430,54 +404,3 @@ class BeginGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
-
-
-class Layers:
-    """The batch norm layers of a model: their names, and how many batches they have seen."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._by_tensor: dict[int, tuple[str, _BatchNorm]] = {}
-        self._counts: dict[_BatchNorm, Tensor] = {}
-        for module in modules:
-            for name, layer in module.named_modules():
-                if isinstance(layer, _BatchNorm):
-                    for tensor in (layer.weight, layer.running_mean):
-                        if tensor is not None:
-                            self._by_tensor[id(tensor)] = name, layer
-
-    def name_of(self, running_mean: Tensor | None, weight: Tensor | None) -> str:
-        for tensor in (running_mean, weight):
-            if tensor is not None and id(tensor) in self._by_tensor:
-                return repr(self._by_tensor[id(tensor)][0])
-        return "of no layer with a name"
-
-    def note_count(self, running_mean: Tensor | None) -> None:
-        """A layer has counted the batch for one micro-batch: only the first is to count."""
-        if running_mean is not None and id(running_mean) in self._by_tensor:
-            layer = self._by_tensor[id(running_mean)][1]
-            if layer.num_batches_tracked is not None and layer not in self._counts:
-                self._counts[layer] = layer.num_batches_tracked.clone()
-
-    def count_once(self) -> None:
-        self._put_back(self._counts)
-        self._counts.clear()
-
-    @contextmanager
-    def counts_kept(self) -> Iterator[None]:
-        """What checkpoints compute again is not counted again."""
-        layers = {layer for _, layer in self._by_tensor.values()}
-        counts = {
-            layer: layer.num_batches_tracked.clone()
-            for layer in layers
-            if layer.num_batches_tracked is not None
-        }
-        try:
-            yield
-        finally:
-            self._put_back(counts)
-
-    @staticmethod
-    def _put_back(counts: dict[_BatchNorm, Tensor]) -> None:
-        for layer, count in counts.items():
-            assert layer.num_batches_tracked is not None
-            layer.num_batches_tracked.copy_(count)

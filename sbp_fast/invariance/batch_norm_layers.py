@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,11 +16,13 @@ def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
 
     Raises:
         RuntimeError: one does that out of reach, in a scripted module.
+        NotImplementedError: one does that over several processes.
     """
     found = False
     for module in modules:
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm):
+                _check_one_process(name, layer)
                 found |= layer.training or layer.running_mean is None
             elif _is_scripted_batch_norm(layer) and layer.training:
                 raise RuntimeError(
@@ -27,6 +30,17 @@ def has_batch_norm(modules: Sequence[nn.Module]) -> bool:
                     "the model from before torch.jit.script, or batch_norm='micro_batch'"
                 )
     return found
+
+
+def _check_one_process(name: str, layer: nn.Module) -> None:
+    if not (isinstance(layer, nn.SyncBatchNorm) and layer.training and dist.is_initialized()):
+        return
+    processes = dist.get_world_size(layer.process_group)
+    if processes > 1:
+        raise NotImplementedError(
+            f"batch norm {name!r} is a SyncBatchNorm over {processes} processes; statistics over "
+            "micro-batches and processes together are not available yet: pass batch_norm='micro_batch'"
+        )
 
 
 def _is_scripted_batch_norm(layer: nn.Module) -> bool:

@@ -177,16 +177,22 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            if {**given, **kwargs}.get("dropout_p", 1.0) != 0.0:
+            # Fused attention has the tag whether or not it drops anything.
+            if _given(func, args, kwargs).get("dropout_p", 1.0) != 0.0:
                 drawn = self._look.draws_by_itself.setdefault(self._look.name_of_caller(), set())
                 drawn.add(name)
         elif "batch_norm" in name and "backward" not in name:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            given.update(kwargs)
+            given = _given(func, args, kwargs)
             if given.get("training", given.get("train", "with_update" in name)):
                 self._look.batch_norm_out_of_reach = self._look.name_of_caller()
         return func(*args, **kwargs)
+
+
+def _given(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator by name, defaults included."""
+    arguments = func._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
 
 
 def _replaced(samples: MicroBatch) -> MicroBatch | None:

@@ -234,3 +234,13 @@ class TestGuard:
             assert torch.equal(torch.cat([kept_by_a_module, copy]), torch.cat([copy, copy]))
         assert store.file_bytes == 0
         del held
+
+    def test_what_outlives_the_store_has_its_contents(self, tmp_path: Path) -> None:
+        store = make_store(budget=1, spill_directory=tmp_path)
+        kept_by_a_module = floats(100)
+        copy = kept_by_a_module.clone()
+        held = store.hold(kept_by_a_module)
+        store.send_away()
+        assert kept_by_a_module.untyped_storage().nbytes() == 0
+        del held
+        assert torch.equal(kept_by_a_module, copy)

@@ -45,8 +45,11 @@ class _Arguments:
 
     def edges(self, input: Tensor) -> list[GradientEdge | None]:
         """Where gradients of the input, the weight and the bias go on to."""
+        enabled = torch.is_grad_enabled()
         return [
-            get_gradient_edge(tensor) if tensor is not None and tensor.requires_grad else None
+            get_gradient_edge(tensor)
+            if enabled and tensor is not None and tensor.requires_grad
+            else None
             for tensor in (input, self.weight, self.bias)
         ]
 
@@ -83,6 +86,7 @@ class _Call:
     inv_std: Tensor
     coefficients: Tensor
     sums: Tensor | None = None
+    backward: Tensor | None = None
 
 
 class ExactBatchNorm:
@@ -173,7 +177,7 @@ class ExactBatchNorm:
         if self._in_backward:
             return self._recompute(input, arguments, moments)
         member = self._running()
-        edges = arguments.edges(input) if torch.is_grad_enabled() else []
+        edges = arguments.edges(input)
         visit = _Visit(arguments, moments, self._store.hold(input), edges)
         self._layers.note_count(running_mean)
         self._graphs[member.position].end_level([edge for edge in edges if edge is not None])
@@ -297,6 +301,9 @@ class ExactBatchNorm:
                         del gradient
         if before is not None and sums:
             before.sums = torch.stack([sums[position] for position in sorted(sums)]).sum(0)
+            before.backward = statistics.backward_coefficients(
+                before.count, before.mean, before.inv_std, before.arguments.weight, before.sums
+            )
 
     def _sum(self, call: _Call, visit: _Visit, gradient: Tensor) -> Tensor:
         visit.gradient = self._store.hold(gradient)
@@ -314,7 +321,7 @@ class ExactBatchNorm:
         visit = call.visits[position]
         sums = call.sums
         gradients: list[tuple[GradientEdge, Tensor]] = []
-        if sums is None:
+        if sums is None or call.backward is None:
             visit.forget()
             return gradients
         of_input, of_weight, of_bias = visit.edges
@@ -322,17 +329,10 @@ class ExactBatchNorm:
             input = visit.take_input()
             # One whose output nobody used still gets what flows through the mean and the variance.
             gradient = torch.zeros_like(input) if visit.gradient is None else visit.gradient.take()
-            coefficients = statistics.backward_coefficients(
-                call.count, call.mean, call.inv_std, call.arguments.weight, sums
+            of_whole = ops.batch_norm_backward_apply(
+                gradient, input, call.backward, backend=self._backend
             )
-            gradients.append(
-                (
-                    of_input,
-                    ops.batch_norm_backward_apply(
-                        gradient, input, coefficients, backend=self._backend
-                    ),
-                )
-            )
+            gradients.append((of_input, of_whole))
         if position == 0:
             for edge, tensor, total in (
                 (of_weight, call.arguments.weight, sums[1]),

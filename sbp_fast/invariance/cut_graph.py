@@ -10,7 +10,8 @@ level's turn, when all that it is to be added to has arrived.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -109,15 +110,15 @@ class CutGraph:
         self._entries = {node: at for node, at in self._entries.items() if at != level}
         if not edges or not exits:
             return
-        self._running.level = level
-        results = torch.autograd.grad(
-            edges,
-            [GradientEdge(*edge) for edge in exits],
-            gradients,
-            # The engine frees what it visits, and it visits what is before an exit on the way to another.
-            retain_graph=_are_nested(exits),
-            allow_unused=True,
-        )
+        with self._running.at(level):
+            results = torch.autograd.grad(
+                edges,
+                [GradientEdge(*edge) for edge in exits],
+                gradients,
+                # The engine frees what it visits: also what is before an exit, on a path to another.
+                retain_graph=_are_nested(exits),
+                allow_unused=True,
+            )
         for exit, result in zip(exits, results, strict=True):
             if result is not None:
                 self._send(exit, result)
@@ -162,12 +163,23 @@ class _Running:
     """The level that runs. The engine stops at the exits it is asked for, unless a path leads on to
     another exit: then it goes on, with no gradient, since that comes at the level's own turn."""
 
+    _NOTHING = -1
+
     def __init__(self) -> None:
-        self.level = 0
+        self._level = self._NOTHING
+
+    @contextmanager
+    def at(self, level: int) -> Iterator[None]:
+        """Only then, since micro-batches may have nodes in common: a weight that autocast cast once."""
+        self._level = level
+        try:
+            yield
+        finally:
+            self._level = self._NOTHING
 
     def stop_before(self, node: Node, level: int) -> None:
         def keep_out(gradients: tuple[Tensor, ...]) -> tuple[None, ...] | None:
-            return tuple(None for _ in gradients) if self.level > level else None
+            return tuple(None for _ in gradients) if self._level > level else None
 
         node.register_prehook(keep_out)
 

@@ -214,6 +214,10 @@ class _Slot:
         return self.place is _HOST or self.place is _FILE
 
     def __del__(self) -> None:
+        if self.contents is not None and self.is_shared():
+            # A tensor that outlives the step, in an attribute of a module, say.
+            self.storage.resize_(self.nbytes)
+            self.storage.copy_(self.contents)
         self.store._account(self.place, -self.nbytes)
 
 

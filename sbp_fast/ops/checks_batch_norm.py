@@ -35,11 +35,7 @@ def fake_backward_apply(grad_output: Tensor, input: Tensor, coefficients: Tensor
 
 
 def _check_input(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise RuntimeError(
-            f"{op}: {name} is not in the layout torch.strided; it must be dense, "
-            "call .to_dense() on it first"
-        )
+    _check_layout(op, name, tensor)
     if tensor.dtype not in GRADIENT_DTYPES:
         raise RuntimeError(
             f"{op}: {name} has dtype {tensor.dtype}; it must be one of "
@@ -49,6 +45,14 @@ def _check_input(op: str, name: str, tensor: Tensor) -> None:
         raise RuntimeError(
             f"{op}: {name} has shape {tuple(tensor.shape)}; it must have at least two dimensions, "
             "(samples, channels, ...)"
+        )
+
+
+def _check_layout(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(
+            f"{op}: {name} is not in the layout torch.strided; it must be dense, "
+            "call .to_dense() on it first"
         )
 
 
@@ -69,6 +73,7 @@ def _check_pair(op: str, grad_output: Tensor, input: Tensor) -> None:
 
 
 def _check_coefficients(op: str, coefficients: Tensor, rows: int, input: Tensor) -> None:
+    _check_layout(op, "coefficients", coefficients)
     if coefficients.dtype != torch.float64 or coefficients.shape != (rows, input.shape[1]):
         raise RuntimeError(
             f"{op}: coefficients have dtype {coefficients.dtype} and shape "

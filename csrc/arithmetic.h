@@ -12,7 +12,8 @@
 #if defined(__CUDACC__) || defined(SBP_FAST_CUDA_EMULATION)
 #define SBP_FAST_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define SBP_FAST_HOST_DEVICE inline
+// Always: a copy that is called instead would be one for all instruction sets, compiled for any.
+#define SBP_FAST_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace sbp_fast {

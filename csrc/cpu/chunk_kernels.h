@@ -140,36 +140,5 @@ void finalise_chunk(void* output_data, const void* accumulator_data, int64_t cou
   for (; i < count; ++i) output[i] = static_cast<output_t>(accumulator[i] * coefficient);
 }
 
-#define SBP_FAST_MODES(accumulator_t, gradient_t)                         \
-  {                                                                       \
-    {{accumulate_chunk<false, false, false, accumulator_t, gradient_t>,   \
-      accumulate_chunk<false, false, true, accumulator_t, gradient_t>},   \
-     {accumulate_chunk<false, true, false, accumulator_t, gradient_t>,    \
-      accumulate_chunk<false, true, true, accumulator_t, gradient_t>}},   \
-    {                                                                     \
-      {accumulate_chunk<true, false, false, accumulator_t, gradient_t>,   \
-       accumulate_chunk<true, false, true, accumulator_t, gradient_t>},   \
-      {                                                                   \
-        accumulate_chunk<true, true, false, accumulator_t, gradient_t>,   \
-            accumulate_chunk<true, true, true, accumulator_t, gradient_t> \
-      }                                                                   \
-    }                                                                     \
-  }
-
-#define SBP_FAST_KERNEL_TABLE(name)                                                   \
-  {                                                                                   \
-      name,                                                                           \
-      {{SBP_FAST_MODES(float, float), SBP_FAST_MODES(float, double),                  \
-        SBP_FAST_MODES(float, BFloat16), SBP_FAST_MODES(float, Half)},                \
-       {SBP_FAST_MODES(double, float), SBP_FAST_MODES(double, double),                \
-        SBP_FAST_MODES(double, BFloat16), SBP_FAST_MODES(double, Half)}},             \
-      {statistics_chunk<float>, statistics_chunk<double>, statistics_chunk<BFloat16>, \
-       statistics_chunk<Half>},                                                       \
-      {{finalise_chunk<float, float>, finalise_chunk<float, double>},                 \
-       {finalise_chunk<double, float>, finalise_chunk<double, double>},               \
-       {finalise_chunk<BFloat16, float>, finalise_chunk<BFloat16, double>},           \
-       {finalise_chunk<Half, float>, finalise_chunk<Half, double>}},                  \
-  }
-
 }  // namespace
 }  // namespace sbp_fast::cpu

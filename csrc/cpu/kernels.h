@@ -1,10 +1,13 @@
 // The CPU kernels, one table of functions per instruction set. A kernel works on one chunk and
-// returns its share of the statistics; who owns which chunk is the business of ops.cpp.
+// returns its share of the statistics; who owns which chunk is the business of ops.cpp. Those of
+// batch norm work on one block: see batch_norm_kernels.h.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+
+#include "batch_norm_kernels.h"
 
 namespace sbp_fast::cpu {
 
@@ -43,6 +46,7 @@ struct KernelTable {
   StatisticsKernel statistics[kGradientDtypeCount];
   // [output dtype][accumulator dtype]
   FinaliseKernel finalise[kGradientDtypeCount][kAccumulatorDtypeCount];
+  BatchNormKernels batch_norm;
 };
 
 extern const KernelTable baseline_kernels;

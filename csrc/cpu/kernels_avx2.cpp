@@ -1,4 +1,4 @@
-#include "chunk_kernels.h"
+#include "kernel_table.h"
 
 namespace sbp_fast::cpu {
 const KernelTable avx2_kernels = SBP_FAST_KERNEL_TABLE("avx2");

@@ -1,4 +1,4 @@
-#include "chunk_kernels.h"
+#include "kernel_table.h"
 
 namespace sbp_fast::cpu {
 const KernelTable baseline_kernels = SBP_FAST_KERNEL_TABLE("baseline");

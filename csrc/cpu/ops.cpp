@@ -1,14 +1,11 @@
 // The ops on CPU tensors: one parallel region per call, chunks handed out as threads come free,
 // partial statistics added in the chunks' order. Registration is at the end of the file.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
-#include <cmath>
 
 #include "../chunks.h"
 #include "../op_arguments.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "strided_kernels.h"
 
 namespace sbp_fast::cpu {
@@ -18,27 +15,12 @@ constexpr int64_t kChunkElements = 16384;
 // A thread takes this many chunks at a time: few enough that threads finish together, many enough
 // that the memory prefetchers see long runs.
 constexpr int64_t kChunksPerTurn = 4;
-// Calls smaller than this are done before a second thread would have woken up.
-constexpr int64_t kSerialElements = 65536;
 // Above this size the accumulators will not be found in the caches again.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
 template <typename Process>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t elements, Process process) {
-  const auto count = static_cast<int64_t>(chunks.size());
-  if (elements <= kSerialElements) {
-    for (int64_t i = 0; i < count; ++i) process(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first = next.fetch_add(kChunksPerTurn); first < count;
-         first = next.fetch_add(kChunksPerTurn)) {
-      const int64_t last = std::min(first + kChunksPerTurn, count);
-      for (int64_t i = first; i < last; ++i) process(i);
-    }
-  });
+  for_each_in_parallel(static_cast<int64_t>(chunks.size()), kChunksPerTurn, elements, process);
 }
 
 std::vector<Chunk> cut(const TensorViews& tensors) {

@@ -14,7 +14,6 @@ from .backends import (
     availability,
     is_automatic,
     operator,
-    requested,
     resolve,
 )
 from .batch_norm import (
@@ -157,7 +156,7 @@ def finalise_(
 
 
 def _operator(name: str, backend: str, tensors: Sequence[Tensor]) -> torch._ops.OpOverload:
-    return operator(name, requested(backend), tensors[0].device.type)
+    return operator(name, backend, tensors[0].device.type)
 
 
 def _count_as_written(tensors: Sequence[Tensor], statistics: Tensor | None) -> None:

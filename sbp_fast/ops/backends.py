@@ -90,15 +90,19 @@ def _resolve(backend: str, device_type: str) -> str:
 
 
 def operator(name: str, backend: str, device_type: str) -> torch._ops.OpOverload:
-    """The op ``sbp_fast::name`` in the overload that implements ``backend``."""
+    """The op ``sbp_fast::name`` in the overload that implements ``backend``.
+
+    Raises:
+        ValueError, BackendUnavailableError: as :func:`resolve`.
+    """
     overload: torch._ops.OpOverload = getattr(
-        getattr(torch.ops.sbp_fast, name), _overload_name(backend, device_type)
+        getattr(torch.ops.sbp_fast, name), _overload_name(requested(backend), device_type)
     )
     return overload
 
 
 def _overload_name(backend: str, device_type: str) -> str:
-    return _OVERLOAD[resolve(backend, device_type)]
+    return _OVERLOAD[_resolve(backend, device_type)]
 
 
 # What torch.compiler.assume_constant_result sets; but that imports the compiler, and takes seconds.

@@ -8,7 +8,8 @@ after which every micro-batch's gradient is its own affair.
 
 All coefficients and statistics are ``float64`` tensors with one column per channel; channels are
 dimension 1 of the input. Kernels compute in the input's dtype, 16-bit inputs in float32, and sum in
-float64.
+float64. Where a mean is rounded to that dtype, the addend makes up for it: means far from zero cost no
+accuracy.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import operator, requested
+from .backends import operator
 
 
 def batch_norm_statistics(input: Tensor, *, backend: str = "auto") -> Tensor:
-    """``mean`` and ``M2`` of each channel: shape ``(2, C)``, float64.
+    """``mean`` and ``M2`` of each channel: shape ``(2, C)``, float64. Zeros where there is no sample.
 
     Args:
         input: shape ``(N, C, ...)``, float32, float64, bfloat16 or float16, any strides.
@@ -82,4 +83,4 @@ def batch_norm_backward_apply(
 
 
 def _operator(name: str, backend: str, tensor: Tensor) -> torch._ops.OpOverload:
-    return operator(name, requested(backend), tensor.device.type)
+    return operator(name, backend, tensor.device.type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends import operator, requested
+from .backends import operator
 
 
 def dropout(
@@ -43,6 +43,6 @@ def dropout(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as :func:`sbp_fast.ops.scale_accumulate_`.
     """
-    op = operator("dropout", requested(backend), input.device.type)
+    op = operator("dropout", backend, input.device.type)
     result: Tensor = op(input, seed, call, first_sample, outer, samples, probability)
     return result

@@ -11,6 +11,8 @@ from .schemas import library
 
 def batch_norm_statistics(input: Tensor) -> Tensor:
     checks.fake_statistics(input)
+    if input.numel() == 0:
+        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
     dims = _all_but_channels(input)
     x = input.double()
     mean = x.mean(dims)
@@ -52,7 +54,13 @@ def _column(row: Tensor, input: Tensor) -> Tensor:
 
 
 def _columns(coefficients: Tensor, input: Tensor) -> list[Tensor]:
-    return [_column(row.to(_wide(input).dtype), input) for row in coefficients]
+    """The rows in the dtype that is computed in. What rounding takes from the mean, the first row, comes
+    back with the last one: the last but one is the factor of ``x - mean``."""
+    dtype = _wide(input).dtype
+    mean, factor, addend = coefficients[0], coefficients[-2], coefficients[-1]
+    correction = (mean.to(dtype) - mean) * factor
+    addend = addend + correction.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    return [_column(row.to(dtype), input) for row in (*coefficients[:-1], addend)]
 
 
 for _function in (

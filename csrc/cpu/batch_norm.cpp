@@ -1,0 +1,261 @@
+// The batch norm ops on CPU tensors: a tensor is cut into blocks by its extents alone, and partial
+// statistics are merged in the blocks' order, so that results do not depend on threads.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+
+#include "../batch_norm_arguments.h"
+#include "../batch_norm_arithmetic.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace sbp_fast::cpu {
+namespace {
+
+// Enough work to be worth handing out, few enough elements for the second cache to hold.
+constexpr int64_t kBlockElements = 16384;
+// Neighbouring channels are taken together until their runs make stretches of memory this long, in
+// elements: several cache lines, whose neighbours the processor fetches unasked.
+constexpr int64_t kStretchElements = 512;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One dimension in pieces of equal size, the last of what remains.
+struct Cut {
+  int64_t size;
+  int64_t step;
+
+  Cut(int64_t size, int64_t most) : size(size), step(divide_up(size, divide_up(size, most))) {}
+  int64_t pieces() const { return divide_up(size, step); }
+  int64_t begin(int64_t piece) const { return piece * step; }
+  int64_t count(int64_t piece) const { return std::min(step, size - piece * step); }
+};
+
+struct Block {
+  int64_t offset;  // of its first element
+  int64_t first_channel;
+  int64_t part;  // of these channels: which part of their samples
+  ChannelBlock shape;
+};
+
+class Blocks {
+ public:
+  explicit Blocks(const ChannelExtents& extents)
+      : extents_(extents),
+        inner_(extents.inner, kBlockElements),
+        outer_(extents.outer, most_outer(extents)),
+        channels_(extents.channels, most_channels(extents)) {}
+
+  int64_t size() const { return parts() * channels_.pieces(); }
+  // Into how many parts each channel's samples are cut, and how many each has.
+  int64_t parts() const { return outer_.pieces() * inner_.pieces(); }
+  int64_t samples(int64_t part) const {
+    return outer_.count(part / inner_.pieces()) * inner_.count(part % inner_.pieces());
+  }
+
+  Block operator[](int64_t index) const {
+    const int64_t inner = index % inner_.pieces();
+    const int64_t channels = index / inner_.pieces() % channels_.pieces();
+    const int64_t outer = index / inner_.pieces() / channels_.pieces();
+    const int64_t outer_stride = extents_.channels * extents_.inner;
+    const int64_t first = channels_.begin(channels);
+    return {outer_.begin(outer) * outer_stride + first * extents_.inner + inner_.begin(inner),
+            first,
+            outer * inner_.pieces() + inner,
+            {outer_.count(outer), outer_stride, channels_.count(channels), extents_.inner,
+             inner_.count(inner)}};
+  }
+
+ private:
+  static int64_t most_outer(const ChannelExtents& extents) {
+    const int64_t together =
+        std::clamp(kStretchElements / extents.inner, int64_t{1}, extents.channels);
+    return std::clamp(kBlockElements / (together * extents.inner), int64_t{1}, extents.outer);
+  }
+  static int64_t most_channels(const ChannelExtents& extents) {
+    return std::clamp(kBlockElements / (most_outer(extents) * extents.inner), int64_t{1},
+                      extents.channels);
+  }
+
+  ChannelExtents extents_;
+  Cut inner_;
+  Cut outer_;
+  Cut channels_;
+};
+
+// Both rows of the result by part of the samples; a single part is the result itself.
+class Partials {
+ public:
+  Partials(const TensorView& result, const Blocks& blocks, int64_t channels)
+      : result_(result.mutable_data<double>()), blocks_(blocks), channels_(channels) {
+    if (blocks.parts() > 1) {
+      memory_ = std::make_unique_for_overwrite<double[]>(blocks.parts() * 2 * channels);
+    }
+  }
+
+  double* row(int64_t part, int64_t row) const {
+    return (memory_ ? memory_.get() + part * 2 * channels_ : result_) + row * channels_;
+  }
+
+  // The mean of means and, by the distances of the parts' means from it, the sum of squares.
+  void merge_moments() const {
+    if (!memory_) return;
+    double* mean = result_;
+    double* m2 = result_ + channels_;
+    double total = 0.0;
+    for (int64_t part = 0; part < blocks_.parts(); ++part) {
+      total += static_cast<double>(blocks_.samples(part));
+    }
+    // Distances from a mean near the result are small, and so are their rounding errors.
+    const auto pivots = std::make_unique_for_overwrite<double[]>(channels_);
+    for (int64_t channel = 0; channel < channels_; ++channel) {
+      mean[channel] = pivots[channel] = usable_pivot(row(0, 0)[channel]);
+      m2[channel] = 0.0;
+    }
+    for (int64_t part = 0; part < blocks_.parts(); ++part) {
+      const double weight = static_cast<double>(blocks_.samples(part)) / total;
+      const double* part_mean = row(part, 0);
+      for (int64_t channel = 0; channel < channels_; ++channel) {
+        mean[channel] += weight * (part_mean[channel] - pivots[channel]);
+      }
+    }
+    for (int64_t part = 0; part < blocks_.parts(); ++part) {
+      const auto samples = static_cast<double>(blocks_.samples(part));
+      const double* part_mean = row(part, 0);
+      const double* part_m2 = row(part, 1);
+      for (int64_t channel = 0; channel < channels_; ++channel) {
+        const double distance = part_mean[channel] - mean[channel];
+        m2[channel] += part_m2[channel] + samples * (distance * distance);
+      }
+    }
+  }
+
+  void merge_sums() const {
+    if (!memory_) return;
+    std::fill_n(result_, 2 * channels_, 0.0);
+    for (int64_t part = 0; part < blocks_.parts(); ++part) {
+      const double* partial = row(part, 0);
+      for (int64_t i = 0; i < 2 * channels_; ++i) result_[i] += partial[i];
+    }
+  }
+
+ private:
+  double* result_;
+  const Blocks& blocks_;
+  int64_t channels_;
+  std::unique_ptr<double[]> memory_;
+};
+
+// An empty batch has no statistics: zeros, which change nothing when they are merged with others.
+TensorView zero_sums(TensorView sums) {
+  std::fill_n(sums.mutable_data<double>(), sums.numel, 0.0);
+  return sums;
+}
+
+template <typename Process>
+void for_each_block(const Blocks& blocks, const ChannelExtents& extents, Process process) {
+  for_each_in_parallel(blocks.size(), 1, extents.numel(), [&](int64_t i) { process(blocks[i]); });
+}
+
+void batch_norm_statistics(StableIValue* stack, uint64_t, uint64_t) {
+  const BatchNormArguments arguments = read_batch_norm_statistics(stack);
+  const ChannelExtents& extents = arguments.extents;
+  TensorView result = new_sums(arguments.input);
+  if (arguments.input.numel == 0) return return_tensor(stack, zero_sums(std::move(result)));
+
+  const MomentsKernel kernel = kernels().batch_norm.moments[dtype_index(arguments.input.dtype)];
+  const int64_t bytes = bytes_per_element(arguments.input.dtype);
+  const char* input = arguments.input.const_data<char>();
+  const Blocks blocks(extents);
+  const Partials partials(result, blocks, extents.channels);
+  for_each_block(blocks, extents, [&](const Block& block) {
+    kernel(input + block.offset * bytes, block.shape,
+           partials.row(block.part, 0) + block.first_channel,
+           partials.row(block.part, 1) + block.first_channel);
+  });
+  partials.merge_moments();
+  return_tensor(stack, std::move(result));
+}
+
+void batch_norm_normalise(StableIValue* stack, uint64_t, uint64_t) {
+  const BatchNormArguments arguments = read_batch_norm_normalise(stack);
+  const ChannelExtents& extents = arguments.extents;
+  TensorView result = new_like(arguments.input);
+  if (result.numel == 0) return return_tensor(stack, std::move(result));
+
+  const NormaliseKernel kernel = kernels().batch_norm.normalise[dtype_index(result.dtype)];
+  const int64_t bytes = bytes_per_element(result.dtype);
+  char* output = result.mutable_data<char>();
+  const char* input = arguments.input.const_data<char>();
+  const double* mean = arguments.coefficients.const_data<double>();
+  const double* scale = mean + extents.channels;
+  const double* shift = scale + extents.channels;
+  for_each_block(Blocks(extents), extents, [&](const Block& block) {
+    const int64_t at = block.offset * bytes;
+    const int64_t first = block.first_channel;
+    kernel(output + at, input + at, block.shape, mean + first, scale + first, shift + first);
+  });
+  return_tensor(stack, std::move(result));
+}
+
+void batch_norm_backward_statistics(StableIValue* stack, uint64_t, uint64_t) {
+  const BatchNormArguments arguments =
+      read_batch_norm_backward("batch_norm_backward_statistics", 2, stack);
+  const ChannelExtents& extents = arguments.extents;
+  TensorView result = new_sums(arguments.input);
+  if (arguments.input.numel == 0) return return_tensor(stack, zero_sums(std::move(result)));
+
+  const BackwardSumsKernel kernel =
+      kernels().batch_norm.backward_sums[dtype_index(arguments.input.dtype)];
+  const int64_t bytes = bytes_per_element(arguments.input.dtype);
+  const char* grad_output = arguments.grad_output.const_data<char>();
+  const char* input = arguments.input.const_data<char>();
+  const double* mean = arguments.coefficients.const_data<double>();
+  const double* inv_std = mean + extents.channels;
+  const Blocks blocks(extents);
+  const Partials partials(result, blocks, extents.channels);
+  for_each_block(blocks, extents, [&](const Block& block) {
+    const int64_t at = block.offset * bytes;
+    const int64_t first = block.first_channel;
+    kernel(grad_output + at, input + at, block.shape, mean + first, inv_std + first,
+           partials.row(block.part, 0) + first, partials.row(block.part, 1) + first);
+  });
+  partials.merge_sums();
+  return_tensor(stack, std::move(result));
+}
+
+void batch_norm_backward_apply(StableIValue* stack, uint64_t, uint64_t) {
+  const BatchNormArguments arguments =
+      read_batch_norm_backward("batch_norm_backward_apply", 4, stack);
+  const ChannelExtents& extents = arguments.extents;
+  TensorView result = new_like(arguments.input);
+  if (result.numel == 0) return return_tensor(stack, std::move(result));
+
+  const InputGradientKernel kernel = kernels().batch_norm.input_gradient[dtype_index(result.dtype)];
+  const int64_t bytes = bytes_per_element(result.dtype);
+  char* grad_input = result.mutable_data<char>();
+  const char* grad_output = arguments.grad_output.const_data<char>();
+  const char* input = arguments.input.const_data<char>();
+  const double* mean = arguments.coefficients.const_data<double>();
+  const double* a = mean + extents.channels;
+  const double* b = a + extents.channels;
+  const double* c = b + extents.channels;
+  for_each_block(Blocks(extents), extents, [&](const Block& block) {
+    const int64_t at = block.offset * bytes;
+    const int64_t first = block.first_channel;
+    kernel(grad_input + at, grad_output + at, input + at, block.shape, mean + first, a + first,
+           b + first, c + first);
+  });
+  return_tensor(stack, std::move(result));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sbp_fast, CPU, library) {
+  library.impl("batch_norm_statistics", &batch_norm_statistics);
+  library.impl("batch_norm_normalise", &batch_norm_normalise);
+  library.impl("batch_norm_backward_statistics", &batch_norm_backward_statistics);
+  library.impl("batch_norm_backward_apply", &batch_norm_backward_apply);
+}
+
+}  // namespace sbp_fast::cpu

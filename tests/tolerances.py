@@ -27,6 +27,19 @@ STEP: dict[torch.dtype, float] = {
     torch.bfloat16: 5e-2,
 }
 
+# In float32 the whole batch itself is off the float64 oracle, in a net of fifty batch norms by as much as
+# STEP allows: rounding errors grow with depth. A split may then be off by this many times as much: it
+# rounds as often, in another order.
+AS_WHOLE = 2.0
+
+# And the whole batch's own error is no measure any more where it is above this: an activation within
+# rounding error of a kink, or a defect of torch's.
+WHOLE_AT_MOST = 2e-4
+
+# Below this distance two steps are not told apart with confidence. What a test shows to be wrong (plain
+# accumulation through batch norm, another seed of dropout) is off by more, whatever the dtype.
+CLEARLY_WRONG = 0.05
+
 # A parameter's gradient below this part of the norm of all gradients has nearly cancelled: its error is
 # measured against this part instead, because it has the rounding errors of the terms that cancelled.
 VANISHING = 1e-3

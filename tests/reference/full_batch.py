@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,16 @@ LossFunction = Callable[..., Any] | None
 
 @dataclass(frozen=True)
 class FullBatch:
-    """The loss of a large batch and the gradient of every parameter, in float64."""
+    """The loss of a large batch and the gradient of every parameter, in float64.
+
+    ``loss_gradients`` are those of a loss that is a module. ``buffers``: the model's, after this one
+    forward and backward.
+    """
 
     loss: Tensor
     gradients: Gradients
+    loss_gradients: Gradients
+    buffers: dict[str, Tensor]
 
     @property
     def norm(self) -> float:
@@ -45,7 +52,12 @@ def full_batch(
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         loss = _loss(model, loss_fn, in_double(inputs), in_double(targets)) * factor
         loss.backward()
-    return FullBatch(loss.detach(), gradients_of(model))
+    return FullBatch(
+        loss.detach(),
+        gradients_of(model),
+        gradients_of(loss_fn) if isinstance(loss_fn, nn.Module) else {},
+        buffers_of(model),
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Trajectory:
 
     losses: list[float]
     parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
 
 
 def full_batch_trajectory(
@@ -75,7 +88,7 @@ def full_batch_trajectory(
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         losses.append(float(loss.detach()))
-    return Trajectory(losses, parameters_of(model))
+    return Trajectory(losses, parameters_of(model), buffers_of(model))
 
 
 def gradients_of(model: nn.Module) -> Gradients:
@@ -88,6 +101,10 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_buffers()}
 
 
 def in_double(tree: Any) -> Any:
@@ -124,10 +141,10 @@ def total_relative_error(
     return total_norm(distance) / norm if norm else total_norm(distance)
 
 
-def assert_gradients_match(
-    actual: Mapping[str, Tensor | None], oracle: Mapping[str, Tensor | None], tolerance: float
-) -> None:
-    """Compares every parameter by itself, then all together.
+def relative_errors(
+    actual: Mapping[str, Tensor | None], oracle: Mapping[str, Tensor | None]
+) -> dict[str, float]:
+    """The error of every parameter that has a gradient; both must have the same ones.
 
     A parameter is measured against its own norm; one whose gradient nearly vanishes (the sum of large
     terms that cancel) against a fraction of the norm of all, since its rounding errors are those of
@@ -135,6 +152,7 @@ def assert_gradients_match(
     """
     assert actual.keys() == oracle.keys()
     floor = tolerances.VANISHING * total_norm(oracle)
+    errors = {}
     for name, expected in oracle.items():
         gradient = actual[name]
         if expected is None:
@@ -144,9 +162,16 @@ def assert_gradients_match(
         assert gradient.shape == expected.shape, name
         distance = float((gradient.detach().double().cpu() - expected).norm())
         scale = max(float(expected.norm()), floor)
-        assert distance <= tolerance * scale, (
-            f"{name}: error {distance:.3e}, norm {scale:.3e}, tolerance {tolerance:.1e}"
-        )
+        errors[name] = distance / scale if scale else (math.inf if distance else 0.0)
+    return errors
+
+
+def assert_gradients_match(
+    actual: Mapping[str, Tensor | None], oracle: Mapping[str, Tensor | None], tolerance: float
+) -> None:
+    """Compares every parameter by itself, as :func:`relative_errors` does, then all together."""
+    for name, error in relative_errors(actual, oracle).items():
+        assert error <= tolerance, f"{name}: relative error {error:.3e}, tolerance {tolerance:.1e}"
     error = total_relative_error(actual, oracle)
     assert error <= tolerance, f"total relative error {error:.3e}, tolerance {tolerance:.1e}"
 

@@ -68,9 +68,11 @@ class Transaction:
     def put_buffers_back(self) -> None:
         """Puts the buffers back alone."""
         for module, buffers in self._registered:
-            # In one go, for their order: it is the order of the state dict.
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            # Scripted modules refuse to change names, which they cannot have changed either.
+            if not _same_buffers(dict(module._buffers), buffers):
+                # In one go, for their order: it is the order of the state dict.
+                module._buffers.clear()
+                module._buffers.update(buffers)
         for copy in self._copies.values():
             if copy.may_differ():
                 copy.put_back()
@@ -146,6 +148,11 @@ def _below(roots: Iterable[nn.Module]) -> list[nn.Module]:
                 found[child] = None
                 waiting.append(child)
     return waiting
+
+
+def _same_buffers(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> bool:
+    """The same tensors by the same names in the same order."""
+    return list(left) == list(right) and all(left[name] is right[name] for name in right)
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:

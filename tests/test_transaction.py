@@ -266,6 +266,16 @@ def test_a_buffer_deleted_during_the_step_is_back_in_its_place() -> None:
     assert list(module.state_dict()) == ["first", "second"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_the_buffers_of_a_scripted_module() -> None:
+    """It refuses to change which they are; what they hold is put back."""
+    module = torch.jit.script(nn.BatchNorm1d(3))
+    transaction = transaction_on(module)
+    fail(transaction, lambda: module(torch.randn(4, 3)))
+    assert torch.equal(module.running_mean, torch.zeros(3))
+    assert int(module.num_batches_tracked) == 0
+
+
 def test_modules_that_gain_buffers_later() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     transaction = transaction_on(model)

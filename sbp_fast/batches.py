@@ -21,11 +21,16 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One piece of a large batch, still where the large batch lies."""
+    """One piece of a large batch, still where the large batch lies.
+
+    ``cut_from``: the inputs and targets, of a large batch or of one item of a stream, whose rows these
+    are; None once they have left for a device.
+    """
 
     inputs: PyTree
     targets: PyTree
     samples: int
+    cut_from: tuple[PyTree, PyTree] | None = None
 
 
 def is_stream(inputs: PyTree) -> bool:
@@ -63,9 +68,10 @@ def split(
     samples = count_samples(inputs, targets)
     return [
         MicroBatch(
-            inputs=_rows(inputs, start, min(start + micro_batch_size, samples)),
-            targets=_rows(targets, start, min(start + micro_batch_size, samples)),
+            inputs=rows(inputs, start, min(start + micro_batch_size, samples)),
+            targets=rows(targets, start, min(start + micro_batch_size, samples)),
             samples=min(micro_batch_size, samples - start),
+            cut_from=(inputs, targets),
         )
         for start in range(0, samples, micro_batch_size)
     ]
@@ -150,6 +156,14 @@ def count_samples(inputs: PyTree, targets: PyTree) -> int:
     return samples
 
 
+def first_samples(micro_batch: MicroBatch, most: int) -> MicroBatch:
+    """The first samples, ``most`` at most, of what a micro-batch was cut from."""
+    assert micro_batch.cut_from is not None
+    inputs, targets = micro_batch.cut_from
+    samples = min(most, count_samples(inputs, targets))
+    return MicroBatch(rows(inputs, 0, samples), rows(targets, 0, samples), samples)
+
+
 def has_samples(leaf: Any) -> bool:
     """True where the leaf's first dimension counts samples."""
     return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
@@ -174,5 +188,6 @@ def _plain(tree: PyTree) -> PyTree:
     return tree
 
 
-def _rows(tree: PyTree, start: int, stop: int) -> PyTree:
+def rows(tree: PyTree, start: int, stop: int) -> PyTree:
+    """The samples from ``start`` to ``stop`` of every leaf that has samples, as views."""
     return pytree.tree_map(lambda leaf: leaf[start:stop] if has_samples(leaf) else leaf, tree)

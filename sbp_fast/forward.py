@@ -28,10 +28,18 @@ class Forward:
     elementwise: bool
 
     def outputs(self, inputs: PyTree) -> Any:
-        """What the model makes of one micro-batch; of a model that returns its own loss, that loss."""
+        """What the model returns for one micro-batch."""
         with self.autocast():
-            outputs = _call(self.model, inputs)
-            return _own_loss(outputs) if self.loss_fn is None else outputs
+            return _call(self.model, inputs)
+
+    def loss_of(self, outputs: Any, targets: PyTree) -> Any:
+        """The loss of such outputs, whatever it is."""
+        if self.loss_fn is None:
+            return _own_loss(outputs)
+        if self.elementwise:
+            _check_no_broadcast(outputs, targets)
+        with self.autocast():
+            return self.loss_fn(outputs, targets)
 
     def loss(self, outputs: Any, targets: PyTree) -> Tensor:
         """The loss of :meth:`outputs`, with its graph; no dimensions.
@@ -41,13 +49,7 @@ class Forward:
                 targets have not the same number of dimensions, where they are compared by element.
             TypeError: the loss is no tensor.
         """
-        if self.loss_fn is None:
-            return _check_loss(outputs)
-        with self.autocast():
-            if self.elementwise:
-                _check_no_broadcast(outputs, targets)
-            loss = self.loss_fn(outputs, targets)
-        return _check_loss(loss)
+        return _check_loss(self.loss_of(outputs, targets))
 
 
 def backward_context(device_type: str) -> AbstractContextManager[Any]:

@@ -49,8 +49,8 @@ def _hand_on(
 ) -> Iterator[Arrival]:
     last = len(micro_batches) if isinstance(micro_batches, Sized) else None
     for position, micro_batch in enumerate(micro_batches, start=1):
-        moved = _moved(micro_batch, device, None)
-        yield Arrival(_copied(moved) if keep else moved, is_last=position == last)
+        arrived = moved(micro_batch, device)
+        yield Arrival(_copied(arrived) if keep else arrived, is_last=position == last)
 
 
 def _send_ahead(
@@ -80,7 +80,7 @@ def _send_next(
     if micro_batch is None:
         return None
     ticket = ring.open()
-    sent = _Sent(_moved(micro_batch, device, ring), ticket)
+    sent = _Sent(moved(micro_batch, device, ring), ticket)
     ring.close()
     return sent
 
@@ -93,7 +93,11 @@ def _copied(micro_batch: MicroBatch) -> MicroBatch:
     return MicroBatch(inputs, targets, micro_batch.samples)
 
 
-def _moved(micro_batch: MicroBatch, device: torch.device, ring: PinnedRing | None) -> MicroBatch:
+def moved(
+    micro_batch: MicroBatch, device: torch.device, ring: PinnedRing | None = None
+) -> MicroBatch:
+    """A micro-batch as the model sees it: NumPy arrays are tensors, and tensors are on ``device``."""
+
     def move(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = as_tensor(leaf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
+from .first_look import FirstLook
 from .forward import Forward
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
 from .invariance.batch_norm_layers import has_batch_norm
 from .invariance.layout import Layouts
 from .invariance.sampling import Sampling
+from .invariance.survey import Survey
 from .large_batch import LargeBatch
 from .loss import Shares, read_contract
+from .loss_probe import probe_loss
 from .memory import LiveBytes
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
@@ -58,6 +62,10 @@ class StreamedAccumulator:
             declared: ``"mean"`` (over samples), ``"tokens"`` (over targets that are not -100), ``"sum"``
             (no division), ``"inverse_sqrt"`` (the paper's ``Loss / sqrt(B)``), or a callable that takes
             a micro-batch's targets (its inputs, if there are no targets) and returns its weight.
+        probe: on the first step, and when layers change between training and evaluation, a few samples
+            are computed to check what was declared and to find where samples are in the model; False: it
+            is believed, and samples come first. Buffers, gradients and random numbers stay as they are;
+            what a model counts in attributes of its own goes on.
         batch_norm: ``"exact"``: layers in training mode normalise with the statistics of the whole large
             batch, as if it had been computed at once; all micro-batches then run in lockstep, and what
             the others need for their backward pass waits in host memory. ``"micro_batch"``: each
@@ -90,6 +98,7 @@ class StreamedAccumulator:
         host_budget: str | int | None = None,
         spill_directory: str | os.PathLike[str] | None = None,
         normalization: options.Normalization = "auto",
+        probe: bool = True,
         batch_norm: str = "exact",
         dropout: str = "per_sample",
         cross_sample_loss: bool = False,
@@ -104,6 +113,7 @@ class StreamedAccumulator:
         options.check_loss_fn(loss_fn)
         options.check_grad_scaler(grad_scaler)
         options.check_memory_budget(memory_budget)
+        options.check_choice("probe", probe)
         options.check_choice("batch_norm", batch_norm)
         options.check_choice("dropout", dropout)
         options.check_choice("cross_sample_loss", cross_sample_loss)
@@ -125,6 +135,10 @@ class StreamedAccumulator:
             options.cross_sample_contract(loss_fn, normalization)
             if cross_sample_loss
             else read_contract(loss_fn, normalization)
+        )
+        self._survey = Survey(self._layouts, exact_batch_norm=batch_norm == "exact")
+        self._first_look = FirstLook(
+            [self._survey, partial(probe_loss, self._contract)] if probe else []
         )
         self._grad_scaler = grad_scaler
         self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
@@ -153,7 +167,8 @@ class StreamedAccumulator:
             targets: the same for the targets.
 
         Raises:
-            ValueError: an empty batch, leaves of different lengths, a loss that is no scalar.
+            ValueError: an empty batch, leaves of different lengths, a loss that is no scalar or does not
+                add up as declared.
         """
         self._follow_changes()
         with self._transaction as transaction:
@@ -230,6 +245,7 @@ class StreamedAccumulator:
     def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
         micro_batches, shares = self._split(inputs, targets)
+        micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
         large_batch = LargeBatch(
             shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
@@ -278,7 +294,9 @@ class StreamedAccumulator:
     def _must_meet(self, micro_batches: Iterable[MicroBatch]) -> bool:
         """Whether there are statistics to be computed from several micro-batches."""
         is_whole = isinstance(micro_batches, list) and len(micro_batches) == 1
-        return self._batch_norm == "exact" and not is_whole and has_batch_norm(self._modules)
+        if self._batch_norm != "exact" or is_whole:
+            return False
+        return has_batch_norm(self._modules) or self._survey.calls_batch_norm
 
     def _host_store(self, counter: LiveBytes | None) -> HostStore:
         store = HostStore(

@@ -37,11 +37,13 @@ class LossContract:
 
     ``weigh`` gives a micro-batch's denominator, or is None where the loss sums. ``inverse_sqrt`` asks for
     the paper's extra division. ``elementwise`` losses pair outputs and targets element by element.
+    ``declared`` is what errors call a normalization that was declared; None where the loss was read.
     """
 
     weigh: Weigh | None
     inverse_sqrt: bool = False
     elementwise: bool = False
+    declared: str | None = None
 
 
 class Shares:
@@ -120,7 +122,11 @@ def read_contract(
             that cannot be read.
     """
     if callable(normalization):
-        return LossContract(weigh=functools.partial(_declared_weight, normalization))
+        name = getattr(normalization, "__name__", None) or type(normalization).__name__
+        return LossContract(
+            weigh=functools.partial(_declared_weight, normalization),
+            declared=f"normalization={name}",
+        )
     if normalization not in NORMALIZATIONS:
         raise ValueError(
             f"normalization is {normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}, or a "
@@ -131,15 +137,16 @@ def read_contract(
         return _check_known(known, normalization)
     if normalization == "auto":
         raise ValueError(
-            f"normalization='auto' cannot see how {_describe(loss_fn)} averages. Declare it: 'mean' if "
-            "it averages over samples, 'tokens' if over targets other than -100, 'sum' if it does not "
-            "divide, or a callable that returns a micro-batch's denominator"
+            f"normalization='auto' cannot see how {describe_loss(loss_fn)} averages. Declare it: 'mean' "
+            "if it averages over samples, 'tokens' if over targets other than -100, 'sum' if it does "
+            "not divide, or a callable that returns a micro-batch's denominator"
         )
-    if normalization == "sum":
-        return LossContract(weigh=None)
-    if normalization == "tokens":
-        return LossContract(weigh=_count_tokens)
-    return LossContract(weigh=_count_samples, inverse_sqrt=normalization == "inverse_sqrt")
+    inverse_sqrt = normalization == "inverse_sqrt"
+    return LossContract(
+        weigh=DENOMINATORS["mean" if inverse_sqrt else normalization],
+        inverse_sqrt=inverse_sqrt,
+        declared=f"normalization={normalization!r}",
+    )
 
 
 @dataclass(frozen=True)
@@ -337,7 +344,16 @@ def _as_tensor(tree: PyTree, needed_by: str) -> Tensor:
     return tree
 
 
-def _describe(loss_fn: Callable[..., Any] | None) -> str:
+# What a loss can be declared to divide by, by name.
+DENOMINATORS: dict[str, Weigh | None] = {
+    "mean": _count_samples,
+    "tokens": _count_tokens,
+    "sum": None,
+}
+
+
+def describe_loss(loss_fn: Callable[..., Any] | None) -> str:
+    """What errors call it."""
     if loss_fn is None:
         return "a model that returns its own loss"
     return f"loss_fn={getattr(loss_fn, '__name__', None) or type(loss_fn).__name__}"

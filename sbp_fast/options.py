@@ -40,6 +40,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "dropout": ("per_sample", "native"),
     "cross_sample_loss": (False, True),
     "activations": ("keep",),
+    "probe": (True, False),
     "backend": BACKENDS,
 }
 

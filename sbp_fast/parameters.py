@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +59,20 @@ def names_of(parameters: tuple[Tensor, ...], modules: tuple[nn.Module, ...]) -> 
 def modules_of(model: nn.Module, loss_fn: Callable[..., Any] | None) -> tuple[nn.Module, ...]:
     """What holds parameters and buffers: the model, and the loss where it is a module."""
     return (model, loss_fn) if isinstance(loss_fn, nn.Module) else (model,)
+
+
+def modules_below(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """These and all modules below, each once; ``nn.Module.modules`` takes three times as long."""
+    found = dict.fromkeys(roots)
+    waiting = list(found)
+    for module in waiting:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return waiting
+
+
+def _same_buffers(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> bool:
+    """The same tensors by the same names in the same order."""
+    return list(left) == list(right) and all(left[name] is right[name] for name in right)

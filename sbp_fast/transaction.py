@@ -9,6 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from .parameters import modules_below
+
 # A dense buffer up to this size is copied at every step. A larger one (a causal mask, a queue), or a
 # sparse one, only when its version says that it has changed. The version is not enough for all,
 # because batch norm's kernels update running statistics without raising it.
@@ -35,7 +37,9 @@ class Transaction:
         self._gradients: list[Tensor | None] = []
 
     def __enter__(self) -> Transaction:
-        self._registered = [(module, dict(module._buffers)) for module in _below(self._roots)]
+        self._registered = [
+            (module, dict(module._buffers)) for module in modules_below(self._roots)
+        ]
         self._copy_buffers()
         self._gradients = [parameter.grad for parameter in self._parameters]
         self.clear_gradients()
@@ -136,23 +140,6 @@ class _BufferCopy:
                 f"a buffer of shape {shape} was not put back after an incomplete step: {error}"
             )
             warnings.warn(message, stacklevel=2)
-
-
-def _below(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """These and all modules below, each once; ``nn.Module.modules`` takes three times as long."""
-    found = dict.fromkeys(roots)
-    waiting = list(found)
-    for module in waiting:
-        for child in module._modules.values():
-            if child is not None and child not in found:
-                found[child] = None
-                waiting.append(child)
-    return waiting
-
-
-def _same_buffers(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> bool:
-    """The same tensors by the same names in the same order."""
-    return list(left) == list(right) and all(left[name] is right[name] for name in right)
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         NotImplementedError,
         "activations='auto' is not available yet; pass activations='keep'",
     ),
+    ({"probe": "once"}, ValueError, "probe is 'once'; it must be one of True, False"),
     ({"activations": "drop"}, ValueError, "activations is 'drop'; it must be one of 'keep'"),
     ({"activations": ["keep"]}, ValueError, "activations is ['keep']; it must be one of 'keep'"),
     ({"max_grad_norm": 0}, ValueError, "max_grad_norm is 0; it must be a number greater than 0"),

@@ -47,14 +47,14 @@ class FirstLook:
         if training == self._seen:
             return micro_batches
         if isinstance(micro_batches, list):
-            first, all_of_them = micro_batches[0], micro_batches
+            first = micro_batches[0]
         else:
             rest = iter(micro_batches)
             first = next(rest)
-            all_of_them = chain((first,), rest)
+            micro_batches = chain((first,), rest)
         samples = first_samples(first, _MOST)
         if samples.samples >= _LEAST:
             for check in self._checks:
                 check(forward, moved(samples, device), device)
             self._seen = training
-        return all_of_them
+        return micro_batches

@@ -30,16 +30,7 @@ class Forward:
     def outputs(self, inputs: PyTree) -> Any:
         """What the model returns for one micro-batch."""
         with self.autocast():
-            return _call(self.model, inputs)
-
-    def loss_of(self, outputs: Any, targets: PyTree) -> Any:
-        """The loss of such outputs, whatever it is."""
-        if self.loss_fn is None:
-            return _own_loss(outputs)
-        if self.elementwise:
-            _check_no_broadcast(outputs, targets)
-        with self.autocast():
-            return self.loss_fn(outputs, targets)
+            return self.call_model(inputs)
 
     def loss(self, outputs: Any, targets: PyTree) -> Tensor:
         """The loss of :meth:`outputs`, with its graph; no dimensions.
@@ -49,7 +40,21 @@ class Forward:
                 targets have not the same number of dimensions, where they are compared by element.
             TypeError: the loss is no tensor.
         """
-        return _check_loss(self.loss_of(outputs, targets))
+        with self.autocast():
+            loss = self.call_loss(outputs, targets)
+        return _check_loss(loss)
+
+    def call_model(self, inputs: PyTree) -> Any:
+        """What the model returns, in the autocast context of the caller."""
+        return _call(self.model, inputs)
+
+    def call_loss(self, outputs: Any, targets: PyTree) -> Any:
+        """The loss of such outputs, whatever it is, in the autocast context of the caller."""
+        if self.loss_fn is None:
+            return _own_loss(outputs)
+        if self.elementwise:
+            _check_no_broadcast(outputs, targets)
+        return self.loss_fn(outputs, targets)
 
 
 def backward_context(device_type: str) -> AbstractContextManager[Any]:

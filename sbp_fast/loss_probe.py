@@ -132,14 +132,15 @@ def _slice_outputs(
     if forward.loss_fn is None:
         raise TypeError("the model returns its own loss, not outputs to slice")
     count = samples.samples
-    outputs = forward.outputs(copied(samples.inputs))
-    fewer = forward.outputs(copied(rows(samples.inputs, 0, count - 1)))
+    with forward.autocast():
+        outputs = forward.call_model(copied(samples.inputs))
+        fewer = forward.call_model(copied(rows(samples.inputs, 0, count - 1)))
     if not (_has_samples_first(outputs, count) and _has_samples_first(fewer, count - 1)):
         raise TypeError("not all outputs are tensors with one entry per sample")
     outputs = pytree.tree_map(lambda leaf: _widened(leaf, dtype), outputs)
 
     def loss_of(start: int, stop: int) -> Any:
-        return forward.loss_of(
+        return forward.call_loss(
             copied(rows(outputs, start, stop)), copied(rows(samples.targets, start, stop))
         )
 
@@ -151,8 +152,8 @@ def _run_model(forward: Forward, samples: MicroBatch, rehearsal: Rehearsal) -> _
     rehearsal.switch_to_eval()
 
     def loss_of(start: int, stop: int) -> Any:
-        outputs = forward.outputs(copied(rows(samples.inputs, start, stop)))
-        return forward.loss_of(outputs, copied(rows(samples.targets, start, stop)))
+        outputs = forward.call_model(copied(rows(samples.inputs, start, stop)))
+        return forward.call_loss(outputs, copied(rows(samples.targets, start, stop)))
 
     return _Way(loss_of, operands=tuple(forward.model.parameters()))
 

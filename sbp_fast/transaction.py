@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -140,6 +140,11 @@ class _BufferCopy:
                 f"a buffer of shape {shape} was not put back after an incomplete step: {error}"
             )
             warnings.warn(message, stacklevel=2)
+
+
+def _same_buffers(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> bool:
+    """The same tensors by the same names in the same order."""
+    return list(left) == list(right) and all(left[name] is right[name] for name in right)
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from .parameters import Parameters, find_parameters, modules_of, names_of
 from .passes.computation import Computation
 from .passes.one_by_one import compute_one_by_one
 from .passes.twice import compute_twice
+from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .streaming import PinnedRing, stream_to
 from .transaction import Transaction
@@ -135,6 +136,11 @@ class StreamedAccumulator:
             options.cross_sample_contract(loss_fn, normalization)
             if cross_sample_loss
             else read_contract(loss_fn, normalization)
+        )
+        self._waiting = (
+            None
+            if self._host_budget is None
+            else WaitingBytes(self._host_budget, self._spill_directory)
         )
         self._survey = Survey(self._layouts, exact_batch_norm=batch_norm == "exact")
         self._first_look = FirstLook(
@@ -274,6 +280,8 @@ class StreamedAccumulator:
                 from .passes.together import compute_together
 
                 store = self._host_store(large_batch.meter.counter)
+                if self._waiting is not None and isinstance(micro_batches, list):
+                    self._waiting.check(micro_batches, self._forward, self._modules, store)
                 compute_together(
                     arrivals,
                     computation,

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sbp_fast import StreamedAccumulator
+from sbp_fast import HostBudgetError, StreamedAccumulator
 from sbp_fast.memory import memory_budget
 
 SAMPLES = 11
@@ -141,7 +141,7 @@ class TestThreadState:
         inputs, targets = (part.float() for part in make_batch())
         expected = full_batch(model, nn.MSELoss(), inputs, targets).gradients
         dtypes.clear()
-        accumulator_for(model, 4).backward(inputs, targets)
+        accumulator_for(model, 4, probe=False).backward(inputs, targets)
         assert dtypes == [(torch.bfloat16, torch.float32)] * 3
         # In all: a bias before batch norm has no gradient but rounding errors.
         error = total_relative_error(gradients_of(model), expected)
@@ -179,7 +179,7 @@ class TestThreadState:
         drawn: list[float] = []
         model = Wrapped(noisy).double()
         inputs, targets = make_batch()
-        accumulator_for(model).backward(inputs, targets)
+        accumulator_for(model, probe=False).backward(inputs, targets)
         forward, again = drawn[:3], drawn[3:]
         assert len(set(forward)) == 3
         assert set(again) == set(forward)
@@ -248,6 +248,7 @@ class TestAbandoned:
             loss_fn,
             micro_batch_size=4,
             normalization="mean",
+            probe=False,
         )
         inputs, targets = make_batch()
         before = copy.deepcopy(model.state_dict())
@@ -314,3 +315,30 @@ class TestWaiting:
         assert result.host_bytes <= needed // 3
         assert result.host_bytes + result.spilled_bytes >= needed // 2
         assert list(tmp_path.iterdir()) == []
+
+    def test_what_will_wait_is_known_before(self, tmp_path: Any) -> None:
+        model = self.model()
+        inputs, targets = torch.randn(12, 4, 16, 16).double(), torch.randn(12, 1).double()
+        needed = accumulator_for(model, 4).backward(inputs, targets).host_bytes
+        calls = []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        before = copy.deepcopy(model.state_dict())
+        accumulator = accumulator_for(model, 4, host_budget=needed // 2, probe=False)
+        with pytest.raises(HostBudgetError, match=r"12 samples.*enough for [4-6] samples"):
+            accumulator.step(inputs, targets)
+        assert len(calls) == 1
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        accumulator.step(inputs[:5], targets[:5])
+        accumulator = accumulator_for(model, 4, host_budget=int(1.2 * needed))
+        assert accumulator.step(inputs, targets).host_bytes <= 1.2 * needed
+
+    def test_of_a_stream_is_bounded_as_it_comes(self) -> None:
+        model = self.model()
+        inputs, targets = torch.randn(12, 4, 16, 16).double(), torch.randn(12, 1).double()
+        needed = accumulator_for(model, 4).backward(inputs, targets).host_bytes
+        before = copy.deepcopy(model.state_dict())
+        accumulator = accumulator_for(model, 4, host_budget=needed // 2)
+        pairs = ((inputs[i : i + 4], targets[i : i + 4]) for i in range(0, 12, 4))
+        with pytest.raises(HostBudgetError, match="host_budget is"):
+            accumulator.step(pairs)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

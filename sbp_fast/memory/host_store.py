@@ -94,6 +94,10 @@ class HostStore:
             self._on_device.append(weakref.ref(slot))
         return Held(tensor.detach(), slot)
 
+    def held_bytes(self) -> int:
+        """What is held in all, wherever it is."""
+        return sum(slot.nbytes for slot in self._slots.values())
+
     def send_away(self) -> list[_Slot]:
         """Everything held goes to the host. Returns what others hold as well (variables of a suspended
         function, say) and would miss: :meth:`bring_back` those before they go on."""

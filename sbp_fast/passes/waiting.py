@@ -22,7 +22,8 @@ from ..invariance.intercept import answering, native
 from ..invariance.statistics import Moments, forward_coefficients, inverse_deviation
 from ..memory import format_bytes
 from ..memory.host_store import Held, HostBudgetError, HostStore
-from ..rehearsal import Rehearsal
+from ..rehearsal import Rehearsal, copied
+from ..streaming import moved
 
 
 class WaitingBytes:
@@ -38,25 +39,34 @@ class WaitingBytes:
         self._spill_directory = spill_directory
         self._known: dict[Any, int] = {}
 
-    def check(self, samples: int, micro_batch: MicroBatch, measure: Callable[[], int]) -> None:
-        """
+    def check(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        forward: Forward,
+        modules: Sequence[nn.Module],
+        store: HostStore,
+    ) -> None:
+        """Runs the first micro-batch where its size is new, without a trace.
+
         Args:
-            samples: of the large batch.
-            micro_batch: its first one.
-            measure: runs that one; gives the bytes of it that wait.
+            micro_batches: the whole large batch.
+            modules: of the step.
+            store: where what waits will be kept; empty.
 
         Raises:
             HostBudgetError: there is too little room for the large batch; the message says for how many
                 samples there is enough.
         """
+        first = moved(micro_batches[0], store.device)
         shapes = tuple(
             leaf.shape
-            for leaf in pytree.tree_leaves((micro_batch.inputs, micro_batch.targets))
+            for leaf in pytree.tree_leaves((first.inputs, first.targets))
             if isinstance(leaf, Tensor)
         )
         if shapes not in self._known:
-            self._known[shapes] = measure()
-        per_sample = self._known[shapes] / micro_batch.samples
+            self._known[shapes] = bytes_that_wait(forward, first, modules, store)
+        samples = sum(micro_batch.samples for micro_batch in micro_batches)
+        per_sample = self._known[shapes] / first.samples
         needed = math.ceil(per_sample * samples)
         room, places = self._budget, f"host_budget is {format_bytes(self._budget)}"
         if self._spill_directory is not None:
@@ -76,39 +86,31 @@ def bytes_that_wait(
     micro_batch: MicroBatch,
     modules: Sequence[nn.Module],
     store: HostStore,
-    backend: str,
 ) -> int:
-    """What one micro-batch keeps from its forward pass, in bytes, found by running it; without a trace.
-
-    Args:
-        micro_batch: on the device.
-        store: an empty one, which is left so.
-    """
+    """What one micro-batch keeps from its forward pass, in bytes: batch norm's inputs, and all else that
+    its backward pass needs."""
+    inputs = copied(micro_batch.inputs)
+    store.leave_alone(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     with (
         Rehearsal(modules, store.device),
         torch.enable_grad(),
-        answering(_ByItself(store, backend)) as norms,
+        answering(_ByItself(store)),
         saved_tensors_hooks(store.hold, Held.take),
     ):
-        outputs = forward.outputs(micro_batch.inputs)
-        loss = None
-        if forward.loss_fn is not None and micro_batch.targets is not None:
-            loss = forward.loss(outputs, micro_batch.targets)
-        store.send_away()
-        waiting = store.host_bytes
-        del outputs, loss, norms
+        outputs = forward.outputs(inputs)
+        waiting = store.held_bytes()
+        del outputs
     return waiting
 
 
 class _ByItself:
     """Batch norm with the statistics of one micro-batch, cut and kept as by exact batch norm."""
 
-    def __init__(self, store: HostStore, backend: str) -> None:
+    def __init__(self, store: HostStore) -> None:
         self.thread = threading.get_ident()
         self.answers: Mapping[str, Callable[..., Any]] = {"batch_norm": self._batch_norm}
         self._store = store
-        self._backend = backend
-        self._inputs: list[Held] = []
+        self._kept: list[Any] = []
 
     def is_computing(self, in_autograd: bool) -> bool:
         return not in_autograd
@@ -129,15 +131,15 @@ class _ByItself:
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
             return output
-        self._inputs.append(self._store.hold(input))
+        self._kept.append((self._store.hold(input), input.grad_fn))
         x = input.detach()
-        values = ops.batch_norm_statistics(x, backend=self._backend)
+        values = ops.batch_norm_statistics(x)
         moments = Moments(x.numel() // x.shape[1], values[0], values[1])
         coefficients = forward_coefficients(
             moments.mean, inverse_deviation(moments, eps), weight, bias
         )
         origin = torch.empty(0, requires_grad=True)
         normalised: Tensor = BeginGraph.apply(  # type: ignore[no-untyped-call]
-            origin, lambda: ops.batch_norm_normalise(x, coefficients, backend=self._backend)
+            origin, lambda: ops.batch_norm_normalise(x, coefficients)
         )
         return normalised

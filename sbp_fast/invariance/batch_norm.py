@@ -11,7 +11,7 @@ through mean and variance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,6 @@ class ExactBatchNorm:
         backend: str,
     ) -> None:
         self.thread = threading.get_ident()
-        self.answers = {"batch_norm": self.batch_norm}
         self._in_backward = False
         self._lockstep = lockstep
         self._store = store
@@ -370,6 +369,11 @@ class ExactBatchNorm:
         return self._output(input.detach(), call.coefficients, needs_graph)
 
     # Both ways
+
+    @property
+    def answers(self) -> Mapping[str, Callable[..., Any]]:
+        # Not an attribute: it would keep this object, and so the large batch, in a cycle.
+        return {"batch_norm": self.batch_norm}
 
     def is_computing(self, in_autograd: bool) -> bool:
         return self._lockstep.current is not None and (self._in_backward or not in_autograd)

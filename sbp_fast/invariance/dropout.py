@@ -77,15 +77,6 @@ class PerSampleDropout:
         self._names = Names(modules)
         self._modules = modules
         self._stack = ExitStack()
-        self.answers: Mapping[str, Callable[..., Any]] = {
-            "dropout": self._dropout,
-            "alpha_dropout": self._alpha_dropout,
-            "feature_alpha_dropout": self._feature_alpha_dropout,
-            "dropout1d": partial(self._feature_dropout, native("dropout1d"), 3),
-            "dropout2d": partial(self._feature_dropout, native("dropout2d"), None),
-            "dropout3d": partial(self._feature_dropout, native("dropout3d"), 5),
-            STOCHASTIC_DEPTH: self._drop_paths,
-        }
 
     def __enter__(self) -> PerSampleDropout:
         self._stack.enter_context(answering(self))
@@ -94,6 +85,18 @@ class PerSampleDropout:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    @property
+    def answers(self) -> Mapping[str, Callable[..., Any]]:
+        return {
+            "dropout": self._dropout,
+            "alpha_dropout": self._alpha_dropout,
+            "feature_alpha_dropout": self._feature_alpha_dropout,
+            "dropout1d": partial(self._feature_dropout, native("dropout1d"), 3),
+            "dropout2d": partial(self._feature_dropout, native("dropout2d"), None),
+            "dropout3d": partial(self._feature_dropout, native("dropout3d"), 5),
+            STOCHASTIC_DEPTH: self._drop_paths,
+        }
 
     def is_computing(self, in_autograd: bool) -> bool:
         return self._whose() is not None

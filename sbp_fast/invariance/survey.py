@@ -108,7 +108,12 @@ class _Look:
         self.draws_by_itself: dict[str, set[str]] = {}
         self._occurrences: Counter[str] = Counter()
         self._names = Names(modules)
-        self.answers: Mapping[str, Callable[..., Any]] = {
+        with answering(self), stochastic_depth_asks(modules), _Watch(self):
+            forward.outputs(copied(samples.inputs))
+
+    @property
+    def answers(self) -> Mapping[str, Callable[..., Any]]:
+        return {
             "batch_norm": self._batch_norm,
             STOCHASTIC_DEPTH: lambda module, input: self._pass_on(input, training=True),
             **{
@@ -119,8 +124,6 @@ class _Look:
                 )
             },
         }
-        with answering(self), stochastic_depth_asks(modules), _Watch(self):
-            forward.outputs(copied(samples.inputs))
 
     def is_computing(self, in_autograd: bool) -> bool:
         return not in_autograd

@@ -20,14 +20,40 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sbp_fast.ops import triton_batch_norm_kernels as batch_norm_kernels
 from sbp_fast.ops import triton_kernels as kernels
+from sbp_fast.ops.triton_batch_norm import View
 
 WIDE = {"float32": tl.float32, "float64": tl.float64}
 ALL = {**WIDE, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Name, kernel, types of the run-time arguments, compile-time arguments."""
+# Name, kernel, types of the run-time arguments, compile-time arguments.
+Cases = Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]
+
+# How batch norm reads memory, in vectors and, where none fits, element by element: then in the narrowest
+# columns, whose addresses take the most registers.
+VIEWS = {
+    "planes": {"planes": True, "lines": 32, "channels": 64, "columns": 3136},
+    "columns": {"planes": False, "lines": 9999, "channels": 256, "columns": 256},
+    "planes_unaligned": {"planes": True, "lines": 32, "channels": 64, "columns": 49},
+    "columns_unaligned": {"planes": False, "lines": 9999, "channels": 3, "columns": 3},
+}
+# Of two types that differ in their conversions alone, one is enough.
+BATCH_NORM = [
+    *itertools.product(("float32", "float64", "bfloat16"), ("planes", "columns")),
+    *itertools.product(("float64", "bfloat16"), ("planes_unaligned", "columns_unaligned")),
+    ("float16", "planes"),
+]
+
+
+def cases() -> Cases:
+    for name, kernel, arguments, values in accumulation():
+        yield name, kernel, arguments, {**values, "BLOCK": kernels.BLOCK}
+    yield from batch_norm()
+
+
+def accumulation() -> Cases:
     accumulate = {"table": "*i64", "partials": "*fp64"}
     for wide, narrow in itertools.product(WIDE, ALL):
         types = {"ACCUMULATOR": WIDE[wide], "GRADIENT": ALL[narrow]}
@@ -50,15 +76,43 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     yield "add_statistics-none-float64-all", kernels.add_statistics, total, {}
 
 
+def batch_norm() -> Cases:
+    sizes = dict.fromkeys(("lines", "channels", "vectors"), "i32")
+    chunks = dict.fromkeys(("chunks", "tiles_per_chunk"), "i32")
+    sums = {"coefficients": "*fp64", "partials": "*fp64"}
+    for narrow, where in BATCH_NORM:
+        options = View(**VIEWS[where], itemsize=ALL[narrow].primitive_bitwidth // 8).options
+        element = "*" + ALL[narrow].name
+        inputs, gradients, outputs = (
+            {name: element} for name in ("inputs", "grad_outputs", "outputs")
+        )
+        for name, written, arguments in (
+            ("statistics", "none", {**inputs, "partials": "*fp64", **sizes, **chunks}),
+            ("backward_statistics", "none", {**gradients, **inputs, **sums, **sizes, **chunks}),
+            ("normalise", narrow, {**outputs, **inputs, "coefficients": "*fp64", **sizes}),
+            (
+                "backward_apply",
+                narrow,
+                {**outputs, **gradients, **inputs, "coefficients": "*fp64", **sizes},
+            ),
+        ):
+            kernel = getattr(batch_norm_kernels, name)
+            yield f"batch_norm_{name}-{written}-{narrow}-{where}", kernel, arguments, options
+    merge = {"partials": "*fp64", "results": "*fp64", "chunks": "i32", "channels": "i32"}
+    tile = {"CHUNKS": 64, "CHANNELS": 16}
+    name = "batch_norm_merge-none-float64-all"
+    yield name, batch_norm_kernels.merge_statistics, merge, tile
+
+
 def compile_all(folder: Path, capabilities: list[int]) -> None:
-    for name, kernel, arguments, values in cases():
-        constants = {**values, "BLOCK": kernels.BLOCK}
+    for name, kernel, arguments, constants in cases():
         signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
-        # What a launch finds out: the table and the partial results begin at multiples of 16 bytes.
+        # What a launch finds out: tables, partial results and tensors begin at multiples of 16 bytes.
+        # One float64 of somebody else's may begin anywhere.
         aligned = {
             (position,): [["tt.divisibility", 16]]
-            for position, argument in enumerate(signature)
-            if argument in ("table", "partials")
+            for position, (argument, type_) in enumerate(signature.items())
+            if type_.startswith("*") and argument not in ("scale", "norm", "statistics")
         }
         for capability in capabilities:
             compiled = triton.compile(

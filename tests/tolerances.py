@@ -54,3 +54,13 @@ TRAJECTORY: dict[torch.dtype, float] = {
 # A gradient read off as the difference that a float32 step made to the parameters: the difference has the
 # rounding errors of parameters and update, 6e-8 each, over a step that is a tenth of the parameters.
 MOVED = 1e-5
+
+# Sums over a channel, by the dtype that is read. Single products are rounded in float32 (float64 for
+# float64), unit roundoff 6.0e-8, a few of them are added there, and the rest is float64. The bound is
+# on the error relative to the sum of absolute terms; for a mean, relative to the deviation.
+CHANNEL_SUMS: dict[torch.dtype, float] = {
+    torch.float64: 1e-14,
+    torch.float32: 3e-7,
+    torch.bfloat16: 3e-7,
+    torch.float16: 3e-7,
+}

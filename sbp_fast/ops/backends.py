@@ -42,7 +42,7 @@ def availability(backend: str) -> Availability:
     if backend == "cuda":
         return load_cuda()
     if backend == "triton":
-        from . import triton_backend
+        from . import triton_backend, triton_batch_norm  # noqa: F401  (for what it registers)
 
         return Availability(*triton_backend.is_available())
     return Availability(True, "")

@@ -19,6 +19,9 @@ BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
 WIDEST = 16  # bytes per thread and access
 UNROLL = 4  # as csrc/cuda/walk.cuh has it
 MOST_REGISTERS = 64  # so that 1,024 threads fit on a multiprocessor
+LOADS_OF_ELEMENTS = 8  # as csrc/cuda/channel_walk.cuh has it, where no vector fits
+STATISTICS = "batch_norm_statistics"
+MOST_FOR_CHANNELS = 128  # where a thread keeps what it knows of every channel of a vector
 
 
 class Kernel(NamedTuple):
@@ -28,9 +31,10 @@ class Kernel(NamedTuple):
 
 
 def parse_kernel(capability: str, demangled: str) -> Kernel:
-    found = re.search(r"sbp_fast::cuda::(\w+)(?:<([^>]*)>)?\(", demangled)
+    plain = re.sub(r"\((?:bool|int)\)", "", demangled)
+    found = re.search(r"sbp_fast::cuda::(\w+)(?:<(.*)>)?\(", plain)
     assert found, demangled
-    types = tuple(found[2].replace("(bool)", "").split(", ")) if found[2] else ()
+    types = tuple(found[2].split(", ")) if found[2] else ()
     return Kernel(int(capability), found[1], types)
 
 
@@ -94,7 +98,8 @@ def usage(compiled: Path) -> dict[Kernel, str]:
 
 @pytest.fixture(scope="module")
 def machine_code(compiled: Path) -> dict[Kernel, list[str]]:
-    """By flat kernel, its accesses to global memory in order: "LDG.E.128", "STG.E.64" and so on."""
+    """By flat kernel and kernel of batch norm, its accesses to global memory in order: "LDG.E.128",
+    "STG.E.64" and so on."""
     triton = pytest.importorskip("triton", reason="Triton's wheel ships cuobjdump")
     shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     cuobjdump = cuda_source.tool("cuobjdump", [str(shipped)], "Triton or the CUDA toolkit")
@@ -108,7 +113,7 @@ def machine_code(compiled: Path) -> dict[Kernel, list[str]]:
     for capability, outcome in zip(cuda_source.CAPABILITIES, outcomes, strict=True):
         for body in outcome.stdout.split("Function : ")[1:]:
             name, _, text = body.partition("\n")
-            if "_flat" in name:
+            if "_flat" in name or "batch_norm_" in name:
                 listings.append((name, str(capability), text))
     names = demangle(sorted({name for name, _, _ in listings}))
     return {
@@ -117,6 +122,17 @@ def machine_code(compiled: Path) -> dict[Kernel, list[str]]:
         )
         for name, capability, text in listings
     }
+
+
+@pytest.fixture(scope="module")
+def flat_code(machine_code: dict[Kernel, list[str]]) -> dict[Kernel, list[str]]:
+    return {kernel: code for kernel, code in machine_code.items() if "_flat" in kernel.name}
+
+
+@pytest.fixture(scope="module")
+def channel_code(machine_code: dict[Kernel, list[str]]) -> dict[Kernel, list[str]]:
+    """Of kernels with types (planes, elements of a vector, type of an element)."""
+    return {kernel: code for kernel, code in machine_code.items() if "_flat" not in kernel.name}
 
 
 def accessed(kernel: Kernel) -> tuple[str | None, str | None]:
@@ -151,6 +167,12 @@ def test_every_kernel_is_there(usage: dict[Kernel, str]) -> None:
         "finalise_flat": 4 * 2 * architectures,
         "finalise_strided": 4 * 2 * architectures,
         "add_partials": architectures,
+        # Planes and channels innermost, in vectors and by elements.
+        "batch_norm_statistics": 4 * 2 * 2 * architectures,
+        "batch_norm_normalise": 4 * 2 * 2 * architectures,
+        "batch_norm_backward_statistics": 4 * 2 * 2 * architectures,
+        "batch_norm_backward_apply": 4 * 2 * 2 * architectures,
+        "merge_chunks": 2 * architectures,
         "probe": architectures,
     }
 
@@ -168,14 +190,19 @@ def test_registers_leave_room_for_a_thousand_threads(usage: dict[Kernel, str]) -
     for kernel, text in usage.items():
         used = re.search(r"Used (\d+) registers", text)
         assert used, f"{kernel}: {text}"
-        assert int(used[1]) <= MOST_REGISTERS, kernel
+        keeps_channels = (
+            kernel.name.startswith("batch_norm")
+            and kernel.types[0] in ("false", "0")
+            and kernel.types[1] != "1"
+        )
+        assert int(used[1]) <= (MOST_FOR_CHANNELS if keeps_channels else MOST_REGISTERS), kernel
 
 
 def test_flat_kernels_move_sixteen_bytes_per_access(
-    machine_code: dict[Kernel, list[str]],
+    flat_code: dict[Kernel, list[str]],
 ) -> None:
-    assert machine_code
-    for kernel, code in machine_code.items():
+    assert flat_code
+    for kernel, code in flat_code.items():
         for one in accessed(kernel):
             if one is not None:
                 assert instruction("LDG", bits(kernel, one)) in code, kernel
@@ -184,14 +211,14 @@ def test_flat_kernels_move_sixteen_bytes_per_access(
         assert any(access.endswith(".128") for access in code), kernel
 
 
-def test_flat_kernels_know_that_memory_is_global(machine_code: dict[Kernel, list[str]]) -> None:
+def test_kernels_know_that_memory_is_global(machine_code: dict[Kernel, list[str]]) -> None:
     for kernel, code in machine_code.items():
         elsewhere = [access for access in code if not re.match(r"(LD|ST)G\b", access)]
         assert elsewhere == [], kernel
 
 
-def test_flat_kernels_keep_several_loads_in_flight(machine_code: dict[Kernel, list[str]]) -> None:
-    for kernel, code in machine_code.items():
+def test_flat_kernels_keep_several_loads_in_flight(flat_code: dict[Kernel, list[str]]) -> None:
+    for kernel, code in flat_code.items():
         for one in accessed(kernel):
             if one is None:
                 continue
@@ -203,3 +230,37 @@ def test_flat_kernels_keep_several_loads_in_flight(machine_code: dict[Kernel, li
                 run += access == wanted
                 longest = max(longest, run)
             assert longest >= UNROLL, kernel
+
+
+def test_channel_kernels_move_whole_vectors(channel_code: dict[Kernel, list[str]]) -> None:
+    assert channel_code
+    for kernel, code in channel_code.items():
+        if kernel.types[1] == "1":
+            continue
+        stores = {access for access in code if access.startswith("STG")}
+        loads = {access for access in code if access.startswith("LDG")}
+        # Sums and coefficients are single float64.
+        if "statistics" in kernel.name:
+            assert stores == {"STG.E.64"}, kernel
+        else:
+            assert stores == {"STG.E.128"}, kernel
+        assert loads == {"LDG.E.128"} | ({"LDG.E.64"} if kernel.name != STATISTICS else set()), (
+            kernel
+        )
+
+
+def test_channel_kernels_keep_several_loads_in_flight(
+    channel_code: dict[Kernel, list[str]],
+) -> None:
+    for kernel, code in channel_code.items():
+        if kernel.types[1] == "1":
+            in_flight = LOADS_OF_ELEMENTS
+            wanted = {2: "LDG.E.U16", 4: "LDG.E", 8: "LDG.E.64"}[BYTES[kernel.types[2]]]
+        else:
+            in_flight, wanted = UNROLL, "LDG.E.128"
+        tensors = 2 if "backward" in kernel.name else 1
+        longest = run = 0
+        for access in code:
+            run = 0 if access.startswith("STG") else run + (access == wanted)
+            longest = max(longest, run)
+        assert longest >= tensors * in_flight, kernel

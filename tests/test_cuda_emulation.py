@@ -15,7 +15,9 @@ from typing import NamedTuple
 import cuda_source
 import pytest
 
-PROGRAMS = ("accumulate", "statistics", "finalise", "addressing")
+PROGRAMS = ("accumulate", "statistics", "finalise", "batch_norm", "addressing")
+# Those whose threads share memory.
+SHARING = ("statistics", "batch_norm")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RACES = ("-fsanitize=thread",)
 
@@ -51,6 +53,30 @@ MISTAKES = {
     "no barrier before shared memory is read": Mistake(
         "finalise.cuh", "__syncthreads();", "", "finalise", RACES, "data race"
     ),
+    "a line too many": Mistake(
+        "channel_walk.cuh",
+        "smaller(cut.chunk_lines, cut.lines - place.line)",
+        "cut.chunk_lines",
+        "batch_norm",
+        MEMORY,
+        "heap-buffer-overflow",
+    ),
+    "no barrier between two rounds of a merge": Mistake(
+        "channel_sums.cuh",
+        "__syncthreads();\n    left = half;",
+        "left = half;",
+        "batch_norm",
+        RACES,
+        "data race",
+    ),
+    "means merged without their weights": Mistake(
+        "channel_sums.cuh",
+        "const double share = added / total;",
+        "const double share = 0.5;",
+        "batch_norm",
+        MEMORY,
+        "batch norm statistics f: mean",
+    ),
 }
 
 
@@ -78,7 +104,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], 
     folders = {flags: tmp_path_factory.mktemp("programs") for flags in (MEMORY, RACES)}
     build(
         [(cuda_source.CSRC, folders[MEMORY] / name, MEMORY) for name in PROGRAMS]
-        + [(cuda_source.CSRC, folders[RACES] / "statistics", RACES)]
+        + [(cuda_source.CSRC, folders[RACES] / name, RACES) for name in SHARING]
     )
     return folders
 
@@ -89,8 +115,9 @@ def test_memory_and_values(programs: dict[tuple[str, ...], Path], name: str) -> 
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_shared_memory_has_no_races(programs: dict[tuple[str, ...], Path]) -> None:
-    outcome = run(programs[RACES] / "statistics")
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_memory_has_no_races(programs: dict[tuple[str, ...], Path], name: str) -> None:
+    outcome = run(programs[RACES] / name)
     assert outcome.returncode == 0, outcome.stderr
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import cuda_source
 import pytest
 import torch
+from torch import Tensor
 
-pytest.register_assert_rewrite("cuda_parity")
+pytest.register_assert_rewrite("cuda_parity", "batch_norm_parity")
 
+from batch_norm_parity import BatchNormParity  # noqa: E402
 from cuda_parity import CudaParity  # noqa: E402
 
 import sbp_fast.ops  # noqa: E402, F401  (defines the ops that the library implements)
@@ -36,10 +38,22 @@ def _emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.ops.load_library(str(library))
 
 
+def call_emulated(name: str, *arguments: Any) -> Any:
+    # CPU tensors would go to the CPU kernels: this asks for what is registered for CUDA.
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.sbp_fast, name).default.redispatch(keys, *arguments)
+
+
 class TestEmulated(CudaParity):
     device = "cpu"
 
     def call(self, name: str, *arguments: Any) -> None:
-        # CPU tensors would go to the CPU kernels: this asks for what is registered for CUDA.
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        getattr(torch.ops.sbp_fast, name).default.redispatch(keys, *arguments)
+        call_emulated(name, *arguments)
+
+
+class TestBatchNormEmulated(BatchNormParity):
+    device = "cpu"
+
+    def call(self, name: str, *arguments: Any) -> Tensor:
+        result: Tensor = call_emulated(name, *arguments)
+        return result

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "../cuda/accumulate.cuh"
+#include "../cuda/batch_norm.cuh"
 #include "cases.h"
 
 namespace sbp_fast::check {
@@ -123,6 +124,50 @@ void check_strided_far() {
   }
 }
 
+// Every vector of every channel lies in exactly one chunk.
+template <bool kPlanes>
+void check_cut(int64_t outer, int64_t channels, int64_t inner) {
+  const cuda::ChannelCut cut = cuda::cut_channels(outer, channels, inner, 1, 256, 4);
+  if (cut.planes != kPlanes) fail("cut: channels lie elsewhere");
+  if (cut.blocks() >= 2 * cuda::kWantedBlocks + channels) fail("cut: more blocks than wanted");
+  threadIdx.x = 0;
+  blockDim.x = 256;
+  int64_t line = 0;
+  int64_t vector = 0;
+  for (int64_t chunk = 0; chunk < cut.chunks * (kPlanes ? 1 : cut.across); ++chunk) {
+    blockIdx.x = static_cast<unsigned>(chunk * (kPlanes ? cut.channels : 1));
+    const cuda::Place<kPlanes, 1> place(cut);
+    if (place.line != line || place.vector != vector) fail("cut: a gap, or a part twice");
+    vector += cut.chunk_vectors;
+    if (vector >= cut.vectors) {
+      vector = 0;
+      line += cut.chunk_lines;
+    }
+  }
+  if (line < cut.lines || vector != 0) fail("cut: not all is covered");
+}
+
+// Two lines that begin 2^31 + 8 elements apart; the first block has parts of both.
+template <bool kPlanes>
+void check_lines_far() {
+  const int64_t pitch = kHuge + 8;
+  const int64_t channels = kPlanes ? pitch / 8 : pitch;
+  const Sparse<BFloat16> input(2 * pitch);
+  const Sparse<BFloat16> output(2 * pitch);
+  const Sparse<double> coefficients(3 * channels);
+  const cuda::ChannelCut cut = cuda::cut_channels(2, channels, kPlanes ? 8 : 1, 8, kThreads, 4);
+  for (const int64_t element : {int64_t{3}, pitch + 3}) {
+    input.data()[element] = static_cast<BFloat16>(element > pitch ? 5.0f : 7.0f);
+  }
+  const int64_t channel = kPlanes ? 0 : 3;
+  for (const int row : {0, 1, 2}) coefficients.data()[row * channels + channel] = row + 2.0;
+  emulation::launch(cuda::batch_norm_normalise<kPlanes, 8, BFloat16>, 1, kThreads, input.data(),
+                    static_cast<const double*>(coefficients.data()), cut, output.data());
+  const auto at = [&](int64_t element) { return static_cast<double>(output.data()[element]); };
+  check_close("lines of 2^31 elements", 3, at(3), (7.0 - 2.0) * 3.0 + 4.0, 0.0);
+  check_close("lines of 2^31 elements", pitch + 3, at(pitch + 3), (5.0 - 2.0) * 3.0 + 4.0, 0.0);
+}
+
 }  // namespace
 }  // namespace sbp_fast::check
 
@@ -132,4 +177,13 @@ int main() {
   check_locate();
   check_flat_end();
   check_strided_far();
+  check_cut<true>(3, 5, 49);
+  check_cut<true>(1, 3, 4 * kHuge + 1);
+  check_cut<true>(kHuge + 1, 2, 3);
+  check_cut<true>(1000, 64, 12544);
+  check_cut<false>(kHuge + 1, 3, 1);
+  check_cut<false>(70, 1000, 1);
+  check_cut<false>(9, 2049, 1);
+  check_lines_far<true>();
+  check_lines_far<false>();
 }

@@ -29,22 +29,20 @@ SBP_FAST_HOST_DEVICE double corrected_addend(double mean, double rounded_mean, d
   return is_non_finite(correction) ? addend : addend + correction;
 }
 
-// The mean of `count` values and the sum of their squared distances from it, from sums of their
-// distances from a pivot. Squares cancel only as far as the pivot lies from the mean: where it is
-// one of the values, `sum_squares` is at most `count` times the result, and usually about twice.
-// T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance", The
-// American Statistician 37(3), 1983, section 4.
+// How far the mean of `count` values lies from a pivot, and the sum of their squared distances from
+// that mean; from sums of their distances from the pivot. Squares cancel only as far as the pivot
+// lies from the mean: where it is the mean of n of the values, `sum_squares` is at most count / n
+// times the result, and usually little more than it. T. F. Chan, G. H. Golub and R. J. LeVeque,
+// "Algorithms for computing the sample variance", The American Statistician 37(3), 1983, section 4.
 struct Moments {
-  double mean;
+  double distance;
   double m2;
 };
 
-SBP_FAST_HOST_DEVICE Moments moments_about_pivot(double pivot, double sum, double sum_squares,
-                                                 double count) {
+SBP_FAST_HOST_DEVICE Moments moments_about_pivot(double sum, double sum_squares, double count) {
   const double distance = sum / count;
   const double m2 = sum_squares - sum * distance;
-  // Rounding may leave less than nothing; NaN stays NaN.
-  return {pivot + distance, m2 < 0.0 ? 0.0 : m2};
+  return {distance, m2 < 0.0 ? 0.0 : m2};  // rounding may leave less than nothing; NaN stays
 }
 
 // A value that is not finite cannot be a pivot: it would make NaN of an infinite mean.

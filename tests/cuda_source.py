@@ -1,4 +1,5 @@
-"""How the CUDA sources are compiled by the tests: for devices with nvcc, for the host with g++."""
+"""How native sources are compiled by the tests: CUDA for devices with nvcc and for the host with g++, and
+programs that check the CPU kernels."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ CAPABILITIES = (80, 90, 100)
 _TORCH = Path(torch.__file__).parent
 _COMMON = ["-std=c++20", "-isystem", str(_TORCH / "include")]
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+_WARNINGS = ("-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 
 
 def tool(name: str, folders: Sequence[str] = (), package: str = "") -> str:
@@ -50,9 +52,14 @@ def for_host(source: Path, target: Path, flags: Sequence[str]) -> list[str]:
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     return [
         *(gxx(), *_COMMON, _STABLE_ABI, "-include", str(emulation)),
-        *("-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags),
+        *(*_WARNINGS, *flags),
         *(*language, str(source), "-o", str(target)),
     ]
+
+
+def for_cpu(source: Path, target: Path, flags: Sequence[str]) -> list[str]:
+    """Compiles a program that uses the CPU kernels."""
+    return [gxx(), *_COMMON, _STABLE_ABI, *_WARNINGS, *flags, str(source), "-o", str(target)]
 
 
 def library_of(objects: Sequence[Path], target: Path) -> list[str]:

@@ -17,6 +17,14 @@ RELATIVE: dict[torch.dtype, float] = {
 # round once per product. The bound is on the relative error of the sum.
 SUM_OF_SQUARES = 1e-12
 
+# Sums over a batch norm's samples, taken in float64. The bound is on the error relative to the sum of the
+# terms' magnitudes: rounding errors of thousands of additions, each 1.1e-16 at most.
+BATCH_NORM_SUMS = 1e-13
+
+# A batch norm in float64 against torch's own over the same samples: both round every step, and a sum over
+# all samples is in every element.
+BATCH_NORM = 1e-12
+
 # A whole step against the large batch in float64: total relative error of all gradients, by the dtype
 # that the model computes in (the promise in the design document).
 STEP: dict[torch.dtype, float] = {

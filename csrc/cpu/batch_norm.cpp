@@ -5,7 +5,6 @@
 #include <memory>
 
 #include "../batch_norm_arguments.h"
-#include "../batch_norm_arithmetic.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -83,68 +82,66 @@ class Blocks {
   Cut channels_;
 };
 
-// Both rows of the result by part of the samples; a single part is the result itself.
+// Rows of one double per channel, from each part of the samples.
 class Partials {
  public:
-  Partials(const TensorView& result, const Blocks& blocks, int64_t channels)
-      : result_(result.mutable_data<double>()), blocks_(blocks), channels_(channels) {
-    if (blocks.parts() > 1) {
-      memory_ = std::make_unique_for_overwrite<double[]>(blocks.parts() * 2 * channels);
-    }
-  }
+  Partials(const Blocks& blocks, int64_t rows, int64_t channels)
+      : rows_(rows),
+        channels_(channels),
+        memory_(std::make_unique_for_overwrite<double[]>(blocks.parts() * rows * channels)) {}
 
   double* row(int64_t part, int64_t row) const {
-    return (memory_ ? memory_.get() + part * 2 * channels_ : result_) + row * channels_;
+    return memory_.get() + (part * rows_ + row) * channels_;
   }
-
-  // The mean of means and, by the distances of the parts' means from it, the sum of squares.
-  void merge_moments() const {
-    if (!memory_) return;
-    double* mean = result_;
-    double* m2 = result_ + channels_;
-    double total = 0.0;
-    for (int64_t part = 0; part < blocks_.parts(); ++part) {
-      total += static_cast<double>(blocks_.samples(part));
-    }
-    // Distances from a mean near the result are small, and so are their rounding errors.
-    const auto pivots = std::make_unique_for_overwrite<double[]>(channels_);
-    for (int64_t channel = 0; channel < channels_; ++channel) {
-      mean[channel] = pivots[channel] = usable_pivot(row(0, 0)[channel]);
-      m2[channel] = 0.0;
-    }
-    for (int64_t part = 0; part < blocks_.parts(); ++part) {
-      const double weight = static_cast<double>(blocks_.samples(part)) / total;
-      const double* part_mean = row(part, 0);
-      for (int64_t channel = 0; channel < channels_; ++channel) {
-        mean[channel] += weight * (part_mean[channel] - pivots[channel]);
-      }
-    }
-    for (int64_t part = 0; part < blocks_.parts(); ++part) {
-      const auto samples = static_cast<double>(blocks_.samples(part));
-      const double* part_mean = row(part, 0);
-      const double* part_m2 = row(part, 1);
-      for (int64_t channel = 0; channel < channels_; ++channel) {
-        const double distance = part_mean[channel] - mean[channel];
-        m2[channel] += part_m2[channel] + samples * (distance * distance);
-      }
-    }
-  }
-
-  void merge_sums() const {
-    if (!memory_) return;
-    std::fill_n(result_, 2 * channels_, 0.0);
-    for (int64_t part = 0; part < blocks_.parts(); ++part) {
-      const double* partial = row(part, 0);
-      for (int64_t i = 0; i < 2 * channels_; ++i) result_[i] += partial[i];
-    }
+  MomentRows moments(int64_t part, int64_t first_channel) const {
+    return {row(part, 0) + first_channel, row(part, 1) + first_channel,
+            row(part, 2) + first_channel};
   }
 
  private:
-  double* result_;
-  const Blocks& blocks_;
+  int64_t rows_;
   int64_t channels_;
   std::unique_ptr<double[]> memory_;
 };
+
+// The mean of the parts' means and, by their distances from it, the sum of squares. All are taken
+// from the first part's pivot: numbers as small as the samples' spread.
+void merge_moments(const Partials& partials, const Blocks& blocks, int64_t channels, double* mean,
+                   double* m2) {
+  const double* origin = partials.row(0, 0);
+  double* distance = mean;  // of the mean, until the last loop
+  std::fill_n(distance, channels, 0.0);
+  std::fill_n(m2, channels, 0.0);
+  double total = 0.0;
+  for (int64_t part = 0; part < blocks.parts(); ++part) {
+    total += static_cast<double>(blocks.samples(part));
+  }
+  for (int64_t part = 0; part < blocks.parts(); ++part) {
+    const double weight = static_cast<double>(blocks.samples(part)) / total;
+    const MomentRows rows = partials.moments(part, 0);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      rows.distance[channel] += rows.pivot[channel] - origin[channel];
+      distance[channel] += weight * rows.distance[channel];
+    }
+  }
+  for (int64_t part = 0; part < blocks.parts(); ++part) {
+    const auto samples = static_cast<double>(blocks.samples(part));
+    const MomentRows rows = partials.moments(part, 0);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const double apart = rows.distance[channel] - distance[channel];
+      m2[channel] += rows.m2[channel] + samples * (apart * apart);
+    }
+  }
+  for (int64_t channel = 0; channel < channels; ++channel) mean[channel] += origin[channel];
+}
+
+void add_up(const Partials& partials, const Blocks& blocks, int64_t numbers, double* sums) {
+  std::fill_n(sums, numbers, 0.0);
+  for (int64_t part = 0; part < blocks.parts(); ++part) {
+    const double* partial = partials.row(part, 0);
+    for (int64_t i = 0; i < numbers; ++i) sums[i] += partial[i];
+  }
+}
 
 // An empty batch has no statistics: zeros, which change nothing when they are merged with others.
 TensorView zero_sums(TensorView sums) {
@@ -167,13 +164,13 @@ void batch_norm_statistics(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t bytes = bytes_per_element(arguments.input.dtype);
   const char* input = arguments.input.const_data<char>();
   const Blocks blocks(extents);
-  const Partials partials(result, blocks, extents.channels);
+  const Partials partials(blocks, 3, extents.channels);
   for_each_block(blocks, extents, [&](const Block& block) {
     kernel(input + block.offset * bytes, block.shape,
-           partials.row(block.part, 0) + block.first_channel,
-           partials.row(block.part, 1) + block.first_channel);
+           partials.moments(block.part, block.first_channel));
   });
-  partials.merge_moments();
+  double* mean = result.mutable_data<double>();
+  merge_moments(partials, blocks, extents.channels, mean, mean + extents.channels);
   return_tensor(stack, std::move(result));
 }
 
@@ -213,14 +210,14 @@ void batch_norm_backward_statistics(StableIValue* stack, uint64_t, uint64_t) {
   const double* mean = arguments.coefficients.const_data<double>();
   const double* inv_std = mean + extents.channels;
   const Blocks blocks(extents);
-  const Partials partials(result, blocks, extents.channels);
+  const Partials partials(blocks, 2, extents.channels);
   for_each_block(blocks, extents, [&](const Block& block) {
     const int64_t at = block.offset * bytes;
     const int64_t first = block.first_channel;
     kernel(grad_output + at, input + at, block.shape, mean + first, inv_std + first,
            partials.row(block.part, 0) + first, partials.row(block.part, 1) + first);
   });
-  partials.merge_sums();
+  add_up(partials, blocks, result.numel, result.mutable_data<double>());
   return_tensor(stack, std::move(result));
 }
 

@@ -18,9 +18,17 @@ struct ChannelBlock {
 };
 
 // Rows of coefficients and of results have one double per channel of the block.
-using MomentsKernel = void (*)(const void* input, const ChannelBlock& block, double* mean,
-                               double* m2);
-// sums: rows sum(dy) and sum(dy * xhat). coefficients: rows mean, inv_std.
+
+// A mean is pivot + distance: where it is far from zero, the distance is exact long after the sum
+// is not.
+struct MomentRows {
+  double* pivot;
+  double* distance;
+  double* m2;
+};
+using MomentsKernel = void (*)(const void* input, const ChannelBlock& block,
+                               const MomentRows& result);
+// sum(dy) and sum(dy * xhat).
 using BackwardSumsKernel = void (*)(const void* grad_output, const void* input,
                                     const ChannelBlock& block, const double* mean,
                                     const double* inv_std, double* sum, double* product_sum);

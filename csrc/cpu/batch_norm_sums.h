@@ -254,50 +254,77 @@ inline bool is_walked_in_columns(const ChannelBlock& block) {
   return block.inner < 2 * kPairLanes && block.inner == block.channel_stride;
 }
 
+// A pivot is the mean of this part of a channel's values.
+inline constexpr int64_t kPivotPart = 32;
+
 template <typename storage_t>
-void moments_of_runs(const storage_t* input, const ChannelBlock& block, double* mean, double* m2) {
+double pivot_of_run(const storage_t* run, const ChannelBlock& block) {
+  const int64_t most = std::min(block.inner, block.outer * block.inner / kPivotPart);
+  DoublePair sum = ManyTerms::load(run);
+  int64_t count = kPairLanes;
+  for (; count + kPairLanes <= most; count += kPairLanes) sum += ManyTerms::load(run + count);
+  return usable_pivot(total(sum) / static_cast<double>(count));
+}
+
+template <typename storage_t>
+void moments_of_runs(const storage_t* input, const ChannelBlock& block, const MomentRows& result) {
+  const auto count = static_cast<double>(block.outer * block.inner);
   for (int64_t channel = 0; channel < block.channels; ++channel) {
     const int64_t begin = channel * block.channel_stride;
-    const double pivot = usable_pivot(total(ManyTerms::load(input + begin)) / kPairLanes);
+    const double pivot = pivot_of_run(input + begin, block);
     const Sums<double> sums = sum_runs(block, begin, Distances<storage_t>{input}, pivot);
-    const Moments result = moments_about_pivot(pivot, sums.first, sums.product,
-                                               static_cast<double>(block.outer * block.inner));
-    mean[channel] = result.mean;
-    m2[channel] = result.m2;
+    const Moments moments = moments_about_pivot(sums.first, sums.product, count);
+    result.pivot[channel] = pivot;
+    result.distance[channel] = moments.distance;
+    result.m2[channel] = moments.m2;
+  }
+}
+
+// Of the first column of each channel.
+template <typename storage_t>
+void pivots_of_columns(const storage_t* input, const ChannelBlock& block, int64_t channels,
+                       double* pivot) {
+  const int64_t rows = std::max<int64_t>(1, block.outer / kPivotPart);
+  std::fill_n(pivot, channels, 0.0);
+  for (int64_t row = 0; row < rows; ++row, input += block.outer_stride) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      pivot[channel] += static_cast<double>(input[channel * block.inner]);
+    }
+  }
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    pivot[channel] = usable_pivot(pivot[channel] / static_cast<double>(rows));
   }
 }
 
 template <typename storage_t>
-void moments_of_columns(const storage_t* input, const ChannelBlock& block, double* mean,
-                        double* m2) {
+void moments_of_columns(const storage_t* input, const ChannelBlock& block,
+                        const MomentRows& result) {
+  const auto count = static_cast<double>(block.outer * block.inner);
   for (const Group group : Groups(block.channels, block.inner)) {
     const int64_t begin = group.first * block.inner;
-    double pivot[kGroupColumns], pivots[kExpandedColumns<double>];
-    double sum[kGroupColumns], sum_squares[kGroupColumns];
-    for (int64_t channel = 0; channel < group.channels; ++channel) {
-      pivot[channel] = usable_pivot(static_cast<double>(input[begin + channel * block.inner]));
-    }
+    double* pivot = result.pivot + group.first;
+    double pivots[kExpandedColumns<double>], sum[kGroupColumns], sum_squares[kGroupColumns];
+    pivots_of_columns(input + begin, block, group.channels, pivot);
     expand(pivot, group.channels, block.inner, pivots);
     sum_columns(block, begin, group.channels * block.inner, Distances<storage_t>{input}, pivots,
                 sum, sum_squares);
     join_columns(sum, group.channels, block.inner);
     join_columns(sum_squares, group.channels, block.inner);
     for (int64_t channel = 0; channel < group.channels; ++channel) {
-      const Moments result = moments_about_pivot(pivot[channel], sum[channel], sum_squares[channel],
-                                                 static_cast<double>(block.outer * block.inner));
-      mean[group.first + channel] = result.mean;
-      m2[group.first + channel] = result.m2;
+      const Moments moments = moments_about_pivot(sum[channel], sum_squares[channel], count);
+      result.distance[group.first + channel] = moments.distance;
+      result.m2[group.first + channel] = moments.m2;
     }
   }
 }
 
 template <typename storage_t>
-void moments_of_block(const void* input_data, const ChannelBlock& block, double* mean, double* m2) {
+void moments_of_block(const void* input_data, const ChannelBlock& block, const MomentRows& result) {
   const auto* input = static_cast<const storage_t*>(input_data);
   if (is_walked_in_columns(block)) {
-    moments_of_columns(input, block, mean, m2);
+    moments_of_columns(input, block, result);
   } else {
-    moments_of_runs(input, block, mean, m2);
+    moments_of_runs(input, block, result);
   }
 }
 

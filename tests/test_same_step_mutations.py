@@ -5,7 +5,8 @@ Mutants replace functions of ``sbp_fast.invariance.statistics``, which are calle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from zoo import convolutional, norm_graphs, norm_layers
 from zoo.case import Builder
 
 from sbp_fast.invariance import statistics
+from sbp_fast.invariance.statistics import Moments
 
 Function = Callable[..., Any]
 SEVERAL = every(norm_layers.plain, norm_graphs.used_twice, convolutional.residual)
@@ -25,29 +27,29 @@ def frozen_statistics(original: Function) -> Function:
     """Uses the large batch's mean and variance, but as constants: no gradient passes through them."""
 
     def backward_coefficients(
-        mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
-    ) -> Any:
-        return original(mean, inv_std, weight, torch.zeros_like(sums), count)
+        count: int, mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor
+    ) -> Tensor:
+        return original(count, mean, inv_std, weight, torch.zeros_like(sums))
 
     return backward_coefficients
 
 
 def constant_mean(original: Function) -> Function:
     def backward_coefficients(
-        mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
-    ) -> Any:
+        count: int, mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor
+    ) -> Tensor:
         through_variance = torch.stack([torch.zeros_like(sums[0]), sums[1]])
-        return original(mean, inv_std, weight, through_variance, count)
+        return original(count, mean, inv_std, weight, through_variance)
 
     return backward_coefficients
 
 
 def constant_variance(original: Function) -> Function:
     def backward_coefficients(
-        mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
-    ) -> Any:
+        count: int, mean: Tensor, inv_std: Tensor, weight: Tensor | None, sums: Tensor
+    ) -> Tensor:
         through_mean = torch.stack([sums[0], torch.zeros_like(sums[1])])
-        return original(mean, inv_std, weight, through_mean, count)
+        return original(count, mean, inv_std, weight, through_mean)
 
     return backward_coefficients
 
@@ -55,18 +57,21 @@ def constant_variance(original: Function) -> Function:
 def mean_of_means_and_variances(original: Function) -> Function:
     """Averages over micro-batches, as if they were equally large and had one mean."""
 
-    def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> Any:
-        count = counts.sum()
-        return count, means.mean(0), (m2s / counts[:, None]).mean(0) * count
+    def merge(parts: Sequence[Moments]) -> Moments:
+        count = sum(part.count for part in parts)
+        mean = torch.stack([part.mean for part in parts]).mean(0)
+        variance = torch.stack([part.m2 / part.count for part in parts]).mean(0)
+        return Moments(count, mean, variance * count)
 
     return merge
 
 
-def equally_large(original: Function) -> Function:
+def unweighted_mean(original: Function) -> Function:
     """Forgets that the last micro-batch is smaller."""
 
-    def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> Any:
-        return original(torch.full_like(counts, float(counts.mean())), means, m2s)
+    def merge(parts: Sequence[Moments]) -> Moments:
+        mean = torch.stack([part.mean for part in parts]).mean(0)
+        return replace(original(parts), mean=mean)
 
     return merge
 
@@ -74,9 +79,8 @@ def equally_large(original: Function) -> Function:
 def variance_within_only(original: Function) -> Function:
     """Forgets that the means of micro-batches differ."""
 
-    def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> Any:
-        count, mean, _ = original(counts, means, m2s)
-        return count, mean, m2s.sum(0)
+    def merge(parts: Sequence[Moments]) -> Moments:
+        return replace(original(parts), m2=torch.stack([part.m2 for part in parts]).sum(0))
 
     return merge
 
@@ -84,32 +88,8 @@ def variance_within_only(original: Function) -> Function:
 def biased_running_variance(original: Function) -> Function:
     """Divides by the count where torch divides by one less."""
 
-    def running_statistics(
-        running_mean: Tensor,
-        running_var: Tensor,
-        count: Tensor,
-        mean: Tensor,
-        m2: Tensor,
-        momentum: float,
-    ) -> Any:
-        biased = m2 * (count - 1) / count
-        return original(running_mean, running_var, count, mean, biased, momentum)
-
-    return running_statistics
-
-
-def momentum_of_the_old(original: Function) -> Function:
-    """The momentum of running statistics is the new one's part, not the old one's."""
-
-    def running_statistics(
-        running_mean: Tensor,
-        running_var: Tensor,
-        count: Tensor,
-        mean: Tensor,
-        m2: Tensor,
-        momentum: float,
-    ) -> Any:
-        return original(running_mean, running_var, count, mean, m2, 1 - momentum)
+    def running_statistics(moments: Moments) -> tuple[Tensor, Tensor]:
+        return moments.mean, moments.m2 / moments.count
 
     return running_statistics
 
@@ -119,10 +99,9 @@ MUTANTS = [
     ("backward_coefficients", constant_mean),
     ("backward_coefficients", constant_variance),
     ("merge", mean_of_means_and_variances),
-    ("merge", equally_large),
+    ("merge", unweighted_mean),
     ("merge", variance_within_only),
     ("running_statistics", biased_running_variance),
-    ("running_statistics", momentum_of_the_old),
 ]
 
 

@@ -17,6 +17,7 @@ from reference.full_batch import assert_gradients_match, buffers_of, full_batch,
 from reference.running_statistics import assert_buffers_match
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import batch_norm
 from torch.utils.checkpoint import checkpoint
 from unchanged import State
 
@@ -109,7 +110,7 @@ def test_one_value_per_channel(method: str) -> None:
 
 def test_one_value_per_channel_and_micro_batch_is_enough() -> None:
     trainer = Trainer(Net())
-    inputs, targets = vectors(2)
+    inputs, targets = vectors(4)
     oracle = full_batch(trainer.model, functional.cross_entropy, inputs, targets)
     pieces = zip(inputs.split(1), targets.split(1), strict=True)
     trainer.accumulator.backward(iter(pieces))
@@ -168,6 +169,29 @@ def test_different_ways(kind: type[Net], layers: tuple[str, ...], first: int) ->
     with pytest.raises(RuntimeError, match=naming(*layers, "micro-batch", cure)):
         trainer.accumulator.step(*marked_vectors(first))
     trainer.check_unchanged_and_able_to_go_on()
+
+
+# --- Out of reach -------------------------------------------------------------------------------
+
+
+class ImportedByName(Net):
+    """Calls the function under a name of its own, which nobody can answer in its place."""
+
+    def middle(self, x: Tensor, marked: bool) -> Tensor:
+        return batch_norm(torch.tanh(self.early(x)), None, None, training=True)
+
+
+def test_a_function_imported_by_name_is_refused() -> None:
+    model = ImportedByName().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = StreamedAccumulator(
+        model, optimizer, functional.cross_entropy, micro_batch_size=MICRO, batch_norm="exact"
+    )
+    state = State(model, optimizer)
+    cure = "batch_norm='micro_batch'"
+    with pytest.raises(RuntimeError, match=naming("torch.nn.functional.batch_norm", cure)):
+        accumulator.step(*vectors())
+    state.check()
 
 
 # --- A model that raises ------------------------------------------------------------------------

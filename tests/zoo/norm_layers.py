@@ -7,9 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-# Bound at import, as libraries do: replacing the attribute of the module afterwards does not reach it.
-from torch.nn.functional import batch_norm
 from torch.nn.utils import parametrize
 
 from .case import CLASSES, SAMPLES, Case, images, labels, seeded
@@ -167,7 +164,7 @@ class FunctionalNorm(nn.Module):
         self.register_buffer("running_var", torch.rand(width) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return batch_norm(
+        return functional.batch_norm(
             input=x,
             running_mean=self.running_mean,
             running_var=self.running_var,
@@ -184,7 +181,7 @@ def functional_call() -> Case:
 
 class StatelessNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return batch_norm(x, None, None, training=True)
+        return functional.batch_norm(x, None, None, training=True)
 
 
 @seeded

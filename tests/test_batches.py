@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sbp_fast.batches import as_tensor, count_samples, is_stream, split, split_stream
+from sbp_fast.batches import (
+    as_tensor,
+    count_samples,
+    first_samples,
+    is_stream,
+    split,
+    split_stream,
+)
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -141,6 +148,23 @@ class TestStreams:
         next(pieces)
         with pytest.raises(ValueError, match="inputs has 0 samples"):
             next(pieces)
+
+
+class TestFirstSamples:
+    def test_are_those_of_what_a_piece_was_cut_from(self) -> None:
+        inputs, targets = {"x": torch.arange(7), "flag": "kept"}, np.arange(7)
+        for piece in split(inputs, targets, 2, with_targets=True):
+            first = first_samples(piece, 5)
+            assert torch.equal(first.inputs["x"], torch.arange(5))
+            assert first.inputs["flag"] == "kept"
+            assert first.targets.tolist() == list(range(5))
+            assert first.samples == 5
+
+    def test_of_an_item_of_a_stream(self) -> None:
+        x = torch.arange(6.0)
+        pieces = split_stream(iter([x[:2], x[2:]]), 1, with_targets=False)
+        found = [first_samples(piece, 3).inputs.tolist() for piece in pieces]
+        assert found == [[0, 1]] * 2 + [[2, 3, 4]] * 4
 
 
 class TestArrays:

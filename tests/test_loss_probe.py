@@ -336,6 +336,8 @@ class TestWrongDeclarations:
         ):
             accumulator.step({"x": x, "labels": labels})
         at_once, added_up = map(float, re.findall(r"(\d\.\d+) (?:at once|when)", str(caught.value)))
+        expected = model(x[:LOOKED_AT], labels[:LOOKED_AT])["loss"]
+        assert at_once == pytest.approx(expected.item(), rel=5e-6)  # the digits that are shown
         assert 1e-3 < abs(at_once - added_up) / at_once < 3e-2
 
     def test_a_model_that_needs_its_autocast(self) -> None:
@@ -362,14 +364,14 @@ class TestWrongDeclarations:
         inputs, targets = plain_batch()
         targets.clamp_(max=CLASSES - 3)
         kept = targets.clone()
-        accumulator = (
-            accumulator_for(Hiding(), unhidden(loss_fn), "sum")
-            if hidden
-            else (accumulator_for(nn.Linear(POSITIONS, CLASSES), loss_fn, "sum"))
-        )
+        model = Hiding() if hidden else nn.Linear(POSITIONS, CLASSES)
+        calls: list[int] = []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        accumulator = accumulator_for(model, unhidden(loss_fn) if hidden else loss_fn, "sum")
         with pytest.raises(ValueError, match="; pass normalization='mean'"):
             accumulator.step(inputs, targets)
         assert same_bits(targets, kept)
+        assert len(calls) == (2 + 2 + 4 if hidden else 2)
 
     def test_a_sample_that_counts_nothing(self) -> None:
         """Its mean is NaN, by which the right normalization does not let itself be hidden."""
@@ -474,11 +476,11 @@ class TestRightDeclarations:
 
     @pytest.mark.parametrize("rows", [LOOKED_AT, 2])
     def test_outputs_beside_the_samples(self, rows: int) -> None:
-        """Rows that are no samples, even if they are as many; and a scalar."""
+        """Rows that are no samples, even if they are as many."""
 
         class Prototypes(nn.Linear):
             def forward(self, x: Tensor) -> Any:
-                return {"y": super().forward(x), "all": self.weight, "scalar": x.new_ones(())}
+                return {"y": super().forward(x), "all": self.weight}
 
         def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
             return functional.mse_loss(outputs["y"], targets) + outputs["all"].square().sum()
@@ -487,6 +489,17 @@ class TestRightDeclarations:
         accumulator_for(model, loss_fn, "mean").step(torch.randn(9, 3), torch.randn(9, rows))
         with pytest.raises(ValueError, match="normalization='sum' does not fit"):
             accumulator_for(model, loss_fn, "sum").step(torch.randn(9, 3), torch.randn(9, rows))
+
+    def test_an_output_without_dimensions(self) -> None:
+        class Scaled(nn.Linear):
+            def forward(self, x: Tensor) -> Any:
+                return super().forward(x), x.new_tensor(2.0)
+
+        accumulator = accumulator_for(
+            Scaled(POSITIONS, CLASSES), lambda y, t: token_mean(y[0] * y[1], t), "sum"
+        )
+        with pytest.raises(ValueError, match="pass normalization='mean'"):
+            accumulator.step(*plain_batch())
 
     def test_outputs_that_hide_their_tensors(self) -> None:
         """They are not sliced: the model runs on the parts."""

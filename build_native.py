@@ -146,7 +146,7 @@ def cpu_library() -> Library:
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources: dict[Path, tuple[str, ...]] = {}
     for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        instruction_set = path.stem.removeprefix("kernels_")
+        instruction_set = path.stem.rpartition("_")[2]
         if x86 or instruction_set not in ("avx2", "avx512"):
             sources[path] = INSTRUCTION_SETS.get(instruction_set, ())
     return Library(

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sbp_fast.ops import triton_batch_norm_kernels as batch_norm_kernels
+from sbp_fast.ops import triton_dropout_kernels
 from sbp_fast.ops import triton_kernels as kernels
 from sbp_fast.ops.triton_batch_norm import View
 
@@ -50,6 +51,8 @@ BATCH_NORM = [
 def cases() -> Cases:
     for name, kernel, arguments, values in accumulation():
         yield name, kernel, arguments, {**values, "BLOCK": kernels.BLOCK}
+    for name, kernel, arguments, values in dropout():
+        yield name, kernel, arguments, {**values, "BLOCK": kernels.BLOCK}
     yield from batch_norm()
 
 
@@ -74,6 +77,24 @@ def accumulation() -> Cases:
         yield name, kernels.gradient_statistics, accumulate, types
     total = {"partials": "*fp64", "statistics": "*fp64", "chunks": "i32"}
     yield "add_statistics-none-float64-all", kernels.add_statistics, total, {}
+
+
+def dropout() -> Cases:
+    numbers = ("numel", "inner", "samples", "first_sample", "call", "seed_low", "seed_high")
+    for dtype, kind in ALL.items():
+        pointers = dict.fromkeys(("outputs", "inputs"), f"*{kind.name}")
+        types = {**pointers, **dict.fromkeys(numbers, "i32"), "threshold": "i32"}
+        for options, int64, grouped in (
+            ("grouped", False, True),
+            ("grouped_int64", True, True),
+            ("single", False, False),
+        ):
+            yield (
+                f"dropout-{dtype}-{dtype}-{options}",
+                triton_dropout_kernels.dropout,
+                {**types, "numel": "i64" if int64 else "i32", "scale_bits": "i64"},
+                {"T": kind, "INT64": int64, "GROUPED": grouped},
+            )
 
 
 def batch_norm() -> Cases:

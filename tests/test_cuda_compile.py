@@ -173,6 +173,8 @@ def test_every_kernel_is_there(usage: dict[Kernel, str]) -> None:
         "batch_norm_backward_statistics": 4 * 2 * 2 * architectures,
         "batch_norm_backward_apply": 4 * 2 * 2 * architectures,
         "merge_chunks": 2 * architectures,
+        "dropout_rows": 4 * 2 * architectures,
+        "dropout_channels_last": 4 * 2 * architectures,
         "probe": architectures,
     }
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cuda_source
 import pytest
 
-PROGRAMS = ("accumulate", "statistics", "finalise", "batch_norm", "addressing")
+PROGRAMS = ("accumulate", "statistics", "finalise", "batch_norm", "addressing", "dropout")
 # Those whose threads share memory.
 SHARING = ("statistics", "batch_norm")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -49,6 +49,14 @@ MISTAKES = {
         "statistics",
         MEMORY,
         "misaligned address",
+    ),
+    "four positions where fewer are left": Mistake(
+        "dropout.cuh",
+        "layout.positions - position;",
+        "kDropoutGroup;",
+        "dropout",
+        MEMORY,
+        "heap-buffer-overflow",
     ),
     "no barrier before shared memory is read": Mistake(
         "finalise.cuh", "__syncthreads();", "", "finalise", RACES, "data race"

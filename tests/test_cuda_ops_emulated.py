@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.register_assert_rewrite("cuda_parity", "batch_norm_parity")
+pytest.register_assert_rewrite("cuda_parity", "batch_norm_parity", "dropout_parity")
 
 from batch_norm_parity import BatchNormParity  # noqa: E402
 from cuda_parity import CudaParity  # noqa: E402
+from dropout_parity import DropoutParity  # noqa: E402
 
 import sbp_fast.ops  # noqa: E402, F401  (defines the ops that the library implements)
 
@@ -56,4 +57,12 @@ class TestBatchNormEmulated(BatchNormParity):
 
     def call(self, name: str, *arguments: Any) -> Tensor:
         result: Tensor = call_emulated(name, *arguments)
+        return result
+
+
+class TestEmulatedDropout(DropoutParity):
+    device = "cpu"
+
+    def call(self, input: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        result: torch.Tensor = call_emulated("dropout", input, *arguments)
         return result

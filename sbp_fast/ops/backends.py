@@ -42,7 +42,8 @@ def availability(backend: str) -> Availability:
     if backend == "cuda":
         return load_cuda()
     if backend == "triton":
-        from . import triton_backend, triton_batch_norm  # noqa: F401  (for what it registers)
+        # The last two for what they register.
+        from . import triton_backend, triton_batch_norm, triton_dropout  # noqa: F401
 
         return Availability(*triton_backend.is_available())
     return Availability(True, "")

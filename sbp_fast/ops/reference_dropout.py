@@ -25,6 +25,8 @@ def dropout(
     probability: float,
 ) -> Tensor:
     result = checks.fake_dropout(input, seed, call, first_sample, outer, samples, probability)
+    if probability == 0.0 or input.numel() == 0:
+        return result.copy_(input)
     inner = input.numel() // (outer * samples)
     per_sample = outer * inner
     device = input.device
@@ -37,8 +39,22 @@ def dropout(
     words = words.reshape(samples, -1)[:, :per_sample]
     keep = words >= round(probability * 2**32)
     keep = keep.reshape(samples, outer, inner).transpose(0, 1).reshape(input.shape)
-    scale = 1.0 / (1.0 - probability) if probability < 1.0 else 0.0
-    return result.copy_(torch.where(keep, input * scale, 0.0))
+    wide = wide_dtype(input.dtype)
+    # A product, so that what is not finite stays so; and rounded once, to the input's dtype.
+    return result.copy_(input.to(wide) * (keep.to(wide) * scale_of(probability, wide)))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products are computed in: it holds the narrow dtypes exactly."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_of(probability: float, wide: torch.dtype) -> float:
+    """``1 / (1 - probability)`` as torch has it: what divides is rounded before; 0 if all is dropped."""
+    if probability == 1.0:
+        return 0.0
+    scale: float = (1.0 / torch.tensor(1.0 - probability, dtype=wide)).item()
+    return scale
 
 
 def _philox(seed: int, element: Tensor, call: int, sample: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Large-batch training on one small device. See :class:`StreamedAccumulator`."""
+"""Large-batch training on one small device. See :class:`StreamedAccumulator` and :func:`verify`."""
 
 from .accumulator import StreamedAccumulator
+from .certificate import Certificate
 from .invariance.layout import declare_sample_dimension
+from .invariance.verify import verify
 from .memory.host_store import HostBudgetError
 from .result import StepResult
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "HostBudgetError",
     "StepResult",
     "StreamedAccumulator",
     "__version__",
     "declare_sample_dimension",
+    "verify",
 ]

@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the command, returns its exit status."""
     # Imported here: `import sbp_fast` must not pay for its commands.
     from ..bench import cli as bench
-    from . import demo, doctor
+    from . import demo, doctor, verify
 
     parser = argparse.ArgumentParser(
         prog="sbp-fast",
@@ -23,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command, help_text in (
         ("doctor", doctor, "say what is built and usable, what is not, why, and what to do"),
         ("demo", demo, "train a ResNet on real images under a memory budget"),
+        (
+            "verify",
+            verify,
+            "certify that a model's gradients do not depend on the micro-batch size",
+        ),
         ("bench", bench, "measure the kernels and the step against their peers"),
     ):
         subparser = commands.add_parser(

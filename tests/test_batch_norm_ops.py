@@ -26,7 +26,7 @@ from sbp_fast.ops import (
 from sbp_fast.ops.native import load_cpu
 
 # Those that have kernels for these ops; test_the_list_of_backends_is_complete watches over it.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

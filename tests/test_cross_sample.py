@@ -155,7 +155,7 @@ class TestEverySplit:
             lambda outputs, targets: info_nce(outputs, torch.arange(len(outputs.left))),
             micro_batch_size=4,
             normalization="mean",
-            **_without_probe(),
+            probe=False,
         ).backward(inputs, targets)
         with pytest.raises(AssertionError):
             assert_gradients_match(gradients_of(model), expected.gradients, 0.1)
@@ -270,7 +270,7 @@ class TestBadInput:
         before = copy.deepcopy(model.state_dict())
         (inputs, _), targets = make_batch()
         loss_fn = lambda outputs, targets: (outputs @ outputs.T).square().mean()  # noqa: E731
-        accumulator = accumulator_for(model, loss_fn, 4, **_without_probe())
+        accumulator = accumulator_for(model, loss_fn, 4, probe=False)
         with pytest.raises(RuntimeError, match=r"micro-batch 0 are not the same.*change between"):
             accumulator.step(inputs, targets)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -314,7 +314,3 @@ def own_gradients(model: nn.Module, loss_fn: Any, inputs: Any, targets: Tensor) 
     model, loss_fn = copy.deepcopy(model), copy.deepcopy(loss_fn)
     loss_fn(model(*inputs), targets).backward()
     return gradients_of(loss_fn)
-
-
-def _without_probe() -> dict[str, Any]:
-    return {}

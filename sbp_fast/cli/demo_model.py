@@ -36,9 +36,8 @@ def convolution(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
 def norm(channels: int) -> nn.GroupNorm:
     """Group norm (Wu and He, ECCV 2018) where the paper has batch norm.
 
-    Batch norm's statistics would be the micro-batch's, so that the split changed the step. Group
-    norm's are each sample's own: every split gives the same step. Until ``batch_norm="exact"`` is
-    there, this is what keeps the demo's promise.
+    Its statistics are each sample's own, so no micro-batch waits for the others, and the demo shows
+    what streaming and accumulation cost by themselves.
     """
     return nn.GroupNorm(max(channels // CHANNELS_PER_GROUP, 1), channels)
 

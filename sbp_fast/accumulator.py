@@ -255,7 +255,7 @@ class StreamedAccumulator:
         large_batch = LargeBatch(
             shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
         )
-        must_meet = self._must_meet(micro_batches)
+        must_meet = self._must_meet()
         arrivals = stream_to(
             self._device,
             micro_batches,
@@ -299,10 +299,9 @@ class StreamedAccumulator:
                 compute_one_by_one(arrivals, computation)
         return large_batch
 
-    def _must_meet(self, micro_batches: Iterable[MicroBatch]) -> bool:
-        """Whether there are statistics to be computed from several micro-batches."""
-        is_whole = isinstance(micro_batches, list) and len(micro_batches) == 1
-        if self._batch_norm != "exact" or is_whole:
+    def _must_meet(self) -> bool:
+        """Whether there are statistics to be computed from all micro-batches."""
+        if self._batch_norm != "exact":
             return False
         return has_batch_norm(self._modules) or self._survey.calls_batch_norm
 

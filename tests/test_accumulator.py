@@ -443,7 +443,7 @@ class TestContexts:
         handle = model[0].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
         context = torch.autocast("cpu", dtype=torch.bfloat16)
         option = {"dtype": torch.bfloat16, "object": context, "ambient": None}[how]
-        accumulator = accumulator_for(model, autocast=option)
+        accumulator = accumulator_for(model, autocast=option, probe=False)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "ambient"):
             accumulator.backward(inputs, targets)
         handle.remove()

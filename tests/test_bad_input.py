@@ -120,30 +120,15 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "memory_budget='8GiB' is not available yet; pass micro_batch_size=an int",
     ),
     (
-        {"batch_norm": "exact"},
-        NotImplementedError,
-        "batch_norm='exact' is not available yet; pass batch_norm='micro_batch'",
-    ),
-    (
         {"batch_norm": "frozen"},
         ValueError,
-        "batch_norm is 'frozen'; it must be one of 'micro_batch'",
+        "batch_norm is 'frozen'; it must be one of 'exact', 'micro_batch'",
     ),
-    (
-        {"dropout": "per_sample"},
-        NotImplementedError,
-        "dropout='per_sample' is not available yet; pass dropout='native'",
-    ),
-    ({"dropout": 0.5}, ValueError, "dropout is 0.5; it must be one of 'native'"),
-    (
-        {"cross_sample_loss": True},
-        NotImplementedError,
-        "cross_sample_loss=True is not available yet; pass a loss that is a mean",
-    ),
+    ({"dropout": 0.5}, ValueError, "dropout is 0.5; it must be one of 'per_sample', 'native'"),
     (
         {"cross_sample_loss": "yes"},
         ValueError,
-        "cross_sample_loss is 'yes'; it must be one of False",
+        "cross_sample_loss is 'yes'; it must be one of False, True",
     ),
     (
         {"activations": "recompute"},
@@ -276,15 +261,18 @@ class TestOptions:
         )
 
     def test_batch_norm_is_warned_of(self) -> None:
-        """Until it is exact: the one thing that makes a step depend on the micro-batch size."""
+        """Where it is not exact: then the step depends on the micro-batch size."""
         model = Net()
         arguments = (model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss())
         with pytest.warns(UserWarning, match="'norm' first.* the step depends on micro_batch_size"):
+            StreamedAccumulator(*arguments, micro_batch_size=MICRO, batch_norm="micro_batch")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             StreamedAccumulator(*arguments, micro_batch_size=MICRO)
         model.eval()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            StreamedAccumulator(*arguments, micro_batch_size=MICRO)
+            StreamedAccumulator(*arguments, micro_batch_size=MICRO, batch_norm="micro_batch")
 
     def test_an_unusable_backend_is_no_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from sbp_fast.ops import backends
@@ -411,10 +399,10 @@ BATCHES: list[tuple[str, Callable[[], tuple[Any, ...]], type[Exception], str]] =
         "the targets of the large batch weigh 0.0 in all; at least one must count",
     ),
     (
-        "micro_batch_of_one",  # batch norm refuses it: the last of 4 + 4 + 1
-        lambda: vectors(9),
+        "batch_of_one",
+        lambda: vectors(1),
         ValueError,
-        "Expected more than 1 value per channel when training",
+        "batch norm 'norm' has 1 value per channel in the whole large batch",
     ),
     (
         "wrong_width",

@@ -61,6 +61,9 @@ class Fingerprint:
             for dim in range(values.ndim)
         ]
 
+    def is_like(self, other: Fingerprint | None) -> bool:
+        return other is not None and self.shape == other.shape and not any(self.changed(other))
+
     def changed(self, other: Fingerprint) -> list[set[int]]:
         """For every dimension the indices at which the tensors differ by more than rounding."""
         indices = []

@@ -1,7 +1,7 @@
 """A look at the model on a few samples: where they are inside of it, and what would escape the step.
 
 The model runs twice, the second time with one sample replaced by another. What changes is that
-sample's. Dropout is left out, and batch norm uses its running statistics, so nothing else does.
+sample's. Dropout is left out, and batch norm keeps to the first run's statistics, so nothing else does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..batches import MicroBatch, PyTree, has_samples
+from ..batches import MicroBatch, PyTree, has_samples, rows
 from ..forward import Forward
 from ..parameters import modules_of
 from ..rehearsal import Rehearsal, copied
 from .intercept import answering, native
-from .layout import Fingerprint, Layouts, Site, recognise
+from .layout import NO_SAMPLES, Fingerprint, Layout, Layouts, Site, recognise
 from .sites import Names
 from .stochastic_depth import STOCHASTIC_DEPTH, stochastic_depth_asks
 
@@ -57,12 +57,15 @@ class Survey:
         with Rehearsal(modules, device) as rehearsal:
             try:
                 before = _Look(forward, samples, modules)
-                if other is None:
-                    # All samples are alike.
-                    after = before
-                else:
+                rehearsal.start_over()
+                # All samples may be alike.
+                after = before if other is None else _Look(forward, other, modules, before)
+                fewer = before
+                if any(
+                    inputs.is_like(after.inputs.get(site)) for site, inputs in before.inputs.items()
+                ):
                     rehearsal.start_over()
-                    after = _Look(forward, other, modules)
+                    fewer = _Look(forward, _without_last(samples), modules)
             except Exception as reason:
                 _log.info("the model is not looked at: %s", reason)
                 return
@@ -77,13 +80,23 @@ class Survey:
         if self._layouts is not None:
             if after is not before:
                 for site, fingerprint in before.inputs.items():
-                    self._layouts.recognised[site] = (
-                        recognise(fingerprint, after.inputs[site], samples.samples, _REPLACED)
-                        if site in after.inputs
-                        else None
+                    self._layouts.recognised[site] = _recognise(
+                        fingerprint, after.inputs.get(site), fewer.inputs.get(site), samples.samples
                     )
             if before.draws_by_itself:
                 _warn_of_draws(before.draws_by_itself)
+
+
+def _recognise(
+    before: Fingerprint, after: Fingerprint | None, fewer: Fingerprint | None, samples: int
+) -> Layout | None:
+    if after is None:
+        return None
+    layout = recognise(before, after, samples, _REPLACED)
+    # Unchanged, yet of another shape with fewer samples: they are there, and nothing told where.
+    if layout == NO_SAMPLES and (fewer is None or fewer.shape != before.shape):
+        return None
+    return layout
 
 
 def _warn_of_draws(draws: Mapping[str, set[str]]) -> None:
@@ -100,8 +113,16 @@ def _warn_of_draws(draws: Mapping[str, set[str]]) -> None:
 class _Look:
     """One run of the model, and what was seen."""
 
-    def __init__(self, forward: Forward, samples: MicroBatch, modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        samples: MicroBatch,
+        modules: Sequence[nn.Module],
+        earlier: _Look | None = None,
+    ) -> None:
         self.thread = threading.get_ident()
+        self.statistics: list[tuple[Tensor, Tensor]] = []
+        self._earlier = iter([] if earlier is None else earlier.statistics)
         self.inputs: dict[Site, Fingerprint] = {}
         self.calls_batch_norm = False
         self.batch_norm_out_of_reach = ""
@@ -153,10 +174,16 @@ class _Look:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        self.calls_batch_norm |= training
-        if running_mean is None or running_var is None:
-            running_mean = input.new_zeros(input.shape[1])
-            running_var = input.new_ones(input.shape[1])
+        if training:
+            self.calls_batch_norm = True
+            known = next(self._earlier, None)
+            if known is None:
+                dims = [dim for dim in range(input.ndim) if dim != 1]
+                variance, mean = torch.var_mean(input, dims, correction=0)
+                # A channel with one value has no variance; here it only has to stay finite.
+                known = mean, variance.clamp(min=1e-3)
+            self.statistics.append(known)
+            running_mean, running_var = known
         output: Tensor = native("batch_norm")(
             input, running_mean, running_var, weight, bias, False, momentum, eps
         )
@@ -196,6 +223,11 @@ def _given(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     arguments = func._schema.arguments
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+
+
+def _without_last(samples: MicroBatch) -> MicroBatch:
+    count = samples.samples - 1
+    return MicroBatch(rows(samples.inputs, 0, count), rows(samples.targets, 0, count), count)
 
 
 def _replaced(samples: MicroBatch) -> MicroBatch | None:

@@ -54,6 +54,11 @@ def backend(backend: str) -> str:
     return backend
 
 
+def takes_too_long(shape: Sequence[int], backend: str) -> bool:
+    """Interpreted, every channel of images takes milliseconds."""
+    return backend == "triton" and len(shape) > 2 and shape[1] > 36
+
+
 def contiguous(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -116,13 +121,19 @@ def column(row: Tensor) -> Extended:
     return row.numpy().astype(np.longdouble)[:, None]
 
 
-def check_sums(sums: Tensor, terms: Sequence[Extended]) -> None:
+def bound_of(input: Tensor, backend: str) -> float:
+    return (
+        tolerances.CHANNEL_SUMS[input.dtype] if backend == "triton" else tolerances.BATCH_NORM_SUMS
+    )
+
+
+def check_sums(sums: Tensor, terms: Sequence[Extended], relative: float) -> None:
     """Each row against the sums of its terms, relative to the terms' magnitudes."""
     assert sums.dtype == torch.float64
     assert sums.shape == (len(terms), len(terms[0]))
     assert sums.is_contiguous()
     for row, values in zip(sums.numpy(), terms, strict=True):
-        bound = tolerances.BATCH_NORM_SUMS * np.abs(values).sum(1)
+        bound = relative * np.abs(values).sum(1)
         assert (np.abs(row - values.sum(1)) <= bound).all()
 
 
@@ -136,7 +147,14 @@ def check_elements(result: Tensor, oracle: Tensor, input: Tensor) -> None:
 def check_statistics(input: Tensor, backend: str) -> None:
     x, before = exact(input), input.clone()
     statistics = batch_norm_statistics(input, backend=backend)
-    check_sums(statistics, [x / x.shape[1], np.square(x - x.mean(1, keepdims=True))])
+    squares = np.square(x - x.mean(1, keepdims=True))
+    relative = bound_of(input, backend)
+    if backend == "triton":
+        deviation = np.sqrt(squares.mean(1))
+        relative += tolerances.MERGED_MEANS * float(
+            (np.abs(x.mean(1)) / deviation.clip(1e-30)).max()
+        )
+    check_sums(statistics, [x / x.shape[1], squares], relative)
     assert torch.equal(input, before)
 
 
@@ -153,7 +171,8 @@ def check_backward_statistics(grad_output: Tensor, input: Tensor, backend: str) 
     mean, inv_std = map(column, table)
     dy = exact(grad_output)
     sums = batch_norm_backward_statistics(grad_output, input, table, backend=backend)
-    check_sums(sums, [dy, dy * ((exact(input) - mean) * inv_std)])
+    terms = [dy, dy * ((exact(input) - mean) * inv_std)]
+    check_sums(sums, terms, bound_of(input, backend))
 
 
 def check_backward_apply(grad_output: Tensor, input: Tensor, backend: str) -> None:
@@ -170,6 +189,8 @@ class TestValues:
     @dtypes
     def test_every_shape(self, backend: str, dtype: torch.dtype) -> None:
         for shape in SHAPES:
+            if takes_too_long(shape, backend):
+                continue
             input, grad_output = randn(shape, dtype), randn(shape, dtype)
             check_statistics(input, backend)
             check_normalise(input, backend)
@@ -182,10 +203,12 @@ class TestValues:
         self, backend: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
     ) -> None:
         for shape in ((5, 37, 3, 5), (3, 20, 2, 2), (2, 3, 6, 11), (3, 4, 2, 3, 4), (9, 21)):
+            if takes_too_long(shape, backend):
+                continue
             input = layout(randn(shape, dtype))
             check_statistics(input, backend)
             check_normalise(input, backend)
-            for other in LAYOUTS:
+            for other in LAYOUTS if backend != "triton" else (contiguous, layout):
                 grad_output = other(randn(shape, dtype))
                 check_backward_statistics(grad_output, input, backend)
                 check_backward_apply(grad_output, input, backend)
@@ -195,6 +218,8 @@ class TestValues:
     def test_many_blocks(
         self, backend: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]
     ) -> None:
+        if takes_too_long(shape, backend):
+            pytest.skip("interpreted, every channel of images takes milliseconds")
         input, grad_output = layout(randn(shape, torch.float32)), randn(shape, torch.float32)
         check_statistics(input, backend)
         check_normalise(input, backend)
@@ -241,12 +266,15 @@ class TestValues:
         assert bool(((mean - values).abs() <= rounding).all())
         assert bool((m2 <= input.numel() / shape[1] * rounding.square()).all())
 
+    @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, interpreting
     @pytest.mark.parametrize("layout", [contiguous, channels_last])
     @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 2, 2), (4, 35, 1, 1), (2, 3, 130, 130)])
     def test_what_is_not_finite_stays_in_its_channel(
         self, backend: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]
     ) -> None:
         last = shape[0] * shape[2] * shape[3] - 1
+        if backend == "triton" and last > 10_000:
+            pytest.skip("interpreted, images of this size take a minute")
         for bad, position in itertools.product((torch.nan, torch.inf, -torch.inf), (0, last)):
             rows = torch.randn(shape[1], last + 1)
             rows[1, position] = bad

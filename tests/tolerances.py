@@ -21,6 +21,10 @@ SUM_OF_SQUARES = 1e-12
 # terms' magnitudes: rounding errors of thousands of additions, each 1.1e-16 at most.
 BATCH_NORM_SUMS = 1e-13
 
+# What merging means and M2 adds to the relative error of M2, for each time that the mean is larger than
+# the deviation: means are rounded to float64, unit roundoff 1.1e-16, and their differences are squared.
+MERGED_MEANS = 1e-15
+
 # A batch norm in float64 against torch's own over the same samples: both round every step, and a sum over
 # all samples is in every element.
 BATCH_NORM = 1e-12

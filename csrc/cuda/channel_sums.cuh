@@ -14,6 +14,12 @@ namespace sbp_fast::cuda {
 template <typename T>
 using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// A mean, and the sum of squared distances from it.
+struct MeanAndM2 {
+  double mean;
+  double m2;
+};
+
 // Means and M2 of kCount channels, over equally many elements of each.
 template <int kCount>
 struct ChannelMoments {
@@ -26,7 +32,7 @@ struct ChannelMoments {
   }
 
   // T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance", The
-  // American Statistician 37(3), 1983, formulae 2.1. `of(channel)` gives the Moments of `added`
+  // American Statistician 37(3), 1983, formulae 2.1. `of(channel)` gives those of `added`
   // elements.
   template <typename Of>
   __device__ __forceinline__ void add(double added, const Of& of) {
@@ -34,7 +40,7 @@ struct ChannelMoments {
     const double total = count + added;
     const double share = added / total;
     for (int channel = 0; channel < kCount; ++channel) {
-      const Moments moments = of(channel);
+      const MeanAndM2 moments = of(channel);
       double& mean = numbers[channel];
       const double delta = moments.mean - mean;
       // An infinite mean stays one, where its distances would make it NaN.
@@ -48,7 +54,7 @@ struct ChannelMoments {
     const double added = other.numbers[2 * kCount];
     if (added == 0.0) return;
     add(added, [&](int channel) {
-      return Moments{other.numbers[channel], other.numbers[kCount + channel]};
+      return MeanAndM2{other.numbers[channel], other.numbers[kCount + channel]};
     });
   }
 };
@@ -56,7 +62,7 @@ struct ChannelMoments {
 // The moments of values that lie in registers. Their distances are from a mean that rounding may
 // have left a little off.
 template <int kCount, typename T>
-__device__ __forceinline__ Moments moments_of(const T (&values)[kCount]) {
+__device__ __forceinline__ MeanAndM2 moments_of(const T (&values)[kCount]) {
   T sum(0);
   for (int k = 0; k < kCount; ++k) sum += values[k];
   const T near = sum * (T(1) / kCount);
@@ -68,7 +74,8 @@ __device__ __forceinline__ Moments moments_of(const T (&values)[kCount]) {
     distances += distance;
     squares += distance * distance;
   }
-  return moments_about_pivot(pivot, distances, squares, kCount);
+  const Moments about = moments_about_pivot(distances, squares, kCount);
+  return {pivot + about.distance, about.m2};
 }
 
 // Two plain sums for each of kCount channels.

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
-from .first_look import FirstLook
+from .first_look import Check, FirstLook
 from .forward import Forward
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
 from .invariance.batch_norm_layers import has_batch_norm
@@ -143,9 +143,12 @@ class StreamedAccumulator:
             else WaitingBytes(self._host_budget, self._spill_directory)
         )
         self._survey = Survey(self._layouts, exact_batch_norm=batch_norm == "exact")
-        self._first_look = FirstLook(
-            [self._survey, partial(probe_loss, self._contract)] if probe else []
-        )
+        checks: list[Check] = []
+        if probe and (batch_norm == "exact" or dropout == "per_sample"):
+            checks.append(self._survey)
+        if probe and self._contract.declared is not None:
+            checks.append(partial(probe_loss, self._contract))
+        self._first_look = FirstLook(checks)
         self._grad_scaler = grad_scaler
         self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
         self._backend_option = backend

@@ -191,3 +191,8 @@ def _plain(tree: PyTree) -> PyTree:
 def rows(tree: PyTree, start: int, stop: int) -> PyTree:
     """The samples from ``start`` to ``stop`` of every leaf that has samples, as views."""
     return pytree.tree_map(lambda leaf: leaf[start:stop] if has_samples(leaf) else leaf, tree)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """With copies of all tensors: models write to their inputs, and losses to theirs."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, tree)

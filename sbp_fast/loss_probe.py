@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .batches import MicroBatch, PyTree, has_samples, rows
+from .batches import MicroBatch, PyTree, copied, has_samples, rows
 from .forward import Forward
 from .loss import DENOMINATORS, LossContract, Weigh, describe_loss
 from .parameters import modules_of
-from .rehearsal import Rehearsal, copied
+from .rehearsal import Rehearsal
 
 _log = logging.getLogger("sbp_fast")
 

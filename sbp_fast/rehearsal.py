@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from .transaction import Transaction
@@ -81,11 +81,6 @@ class Rehearsal:
     def _put_flags_back(self) -> None:
         for module, training in self._flags:
             module.training = training
-
-
-def copied(tree: Any) -> Any:
-    """With copies of all tensors: models write to their inputs, and losses to theirs."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
 
 
 def _quieten(ending: ExitStack) -> None:

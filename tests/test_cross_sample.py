@@ -219,6 +219,19 @@ class TestEverySplit:
         accumulator_for(model, decorrelate, 4).backward(inputs, targets)
         assert_gradients_match(gradients_of(model), expected.gradients, EXACT)
 
+    def test_inputs_that_are_written_to(self, norm: Callable[[int], nn.Module]) -> None:
+        class Centring(Tower):
+            def forward(self, x: Tensor) -> Tensor:
+                x -= 0.5
+                return super().forward(x)
+
+        model = Centring(7, norm).double()
+        (inputs, _), targets = make_batch()
+        decorrelate = lambda outputs, targets: outputs.cov().square().mean()  # noqa: E731
+        expected = full_batch(model, decorrelate, inputs.clone(), targets)
+        accumulator_for(model, decorrelate, 4).backward(inputs, targets)
+        assert_gradients_match(gradients_of(model), expected.gradients, EXACT)
+
     def test_a_step_with_everything(self, norm: Callable[[int], nn.Module]) -> None:
         """Clipping, momentum, the scaler and the update, against training on whole batches."""
         model = TwoTowers("dict", norm).double()

@@ -29,6 +29,8 @@ from sbp_fast.rehearsal import Rehearsal
 
 SAMPLES, LOOKED_AT, POSITIONS, CLASSES = 11, 5, 7, 4
 CPU = torch.device("cpu")
+# Nothing else looks at the samples then.
+PROBE_ALONE = {"batch_norm": "micro_batch", "dropout": "native"}
 SPLITS = pytest.mark.parametrize("micro_batch_size", [1, 4, SAMPLES])
 STREAMED = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 
@@ -367,7 +369,9 @@ class TestWrongDeclarations:
         model = Hiding() if hidden else nn.Linear(POSITIONS, CLASSES)
         calls: list[int] = []
         model.register_forward_hook(lambda *_: calls.append(1))
-        accumulator = accumulator_for(model, unhidden(loss_fn) if hidden else loss_fn, "sum")
+        accumulator = accumulator_for(
+            model, unhidden(loss_fn) if hidden else loss_fn, "sum", **PROBE_ALONE
+        )
         with pytest.raises(ValueError, match="; pass normalization='mean'"):
             accumulator.step(inputs, targets)
         assert same_bits(targets, kept)
@@ -430,7 +434,10 @@ class TestRightDeclarations:
         model, (inputs, targets) = Tokens(), batch()
         weights = CLASS_WEIGHTS.float()
         accumulator = accumulator_for(
-            model, lambda y, t: functional.cross_entropy(y, t, weights), own_denominator
+            model,
+            lambda y, t: functional.cross_entropy(y, t, weights),
+            own_denominator,
+            **PROBE_ALONE,
         )
         accumulator.step(inputs, targets)
         assert model.calls == 2 + 2 + 3
@@ -538,7 +545,7 @@ class TestRightDeclarations:
         inputs, targets = batch()
         model = Nested()
         arguments = inputs.numpy(), {"labels": targets.numpy()}
-        accumulator_for(model, loss_fn, "tokens").step(*arguments)
+        accumulator_for(model, loss_fn, "tokens", **PROBE_ALONE).step(*arguments)
         assert model.calls == 2 + 3  # the outputs of one forward were sliced
         with pytest.raises(ValueError, match="pass normalization='tokens'"):
             accumulator_for(model, loss_fn, "mean").step(*arguments)
@@ -747,7 +754,7 @@ class TestRehearsal:
 class TestOnce:
     def run(self, model: Any, loss_fn: Any = token_mean, **options: Any) -> list[int]:
         """How often each of three large batches calls the model, in three micro-batches."""
-        accumulator = accumulator_for(model, loss_fn, "tokens", **options)
+        accumulator = accumulator_for(model, loss_fn, "tokens", **{**PROBE_ALONE, **options})
         x, labels = batch()
         calls = []
         for method in (accumulator.backward, accumulator.step, accumulator.step):
@@ -800,7 +807,7 @@ class TestStreams:
                 given_so_far.append(start)
                 yield x, y
 
-        accumulator = accumulator_for(model, token_mean, "tokens", micro_batch_size)
+        accumulator = accumulator_for(model, token_mean, "tokens", micro_batch_size, **PROBE_ALONE)
         accumulator.backward(stream())
         assert_gradients_match(
             gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
@@ -821,7 +828,7 @@ class TestNothingToCompare:
         arguments: tuple[Any, ...] | None = None,
         declared: Any = "sum",
     ) -> StepResult:
-        accumulator = accumulator_for(model, loss_fn, declared)
+        accumulator = accumulator_for(model, loss_fn, declared, **PROBE_ALONE)
         inputs, targets = plain_batch()
         arguments = arguments or ((inputs, targets) if loss_fn else ((inputs, targets),))
         with caplog.at_level("INFO", logger="sbp_fast"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sbp_fast import StreamedAccumulator
 from sbp_fast.batches import MicroBatch
 from sbp_fast.forward import Forward
 from sbp_fast.invariance.layout import NO_SAMPLES, Layout, Layouts
@@ -152,6 +153,30 @@ class TestNamesWhatEscapes:
         with pytest.raises(RuntimeError, match=r"'Applied' is inside code .*'micro_batch'"):
             survey(model, torch.randn(SQUARE))
         survey(model, torch.randn(SQUARE), exact=False)
+
+
+class TestCost:
+    @pytest.mark.parametrize(
+        ("probability", "options", "looks"),
+        [
+            (0.2, {}, 2),
+            (0.0, {}, 1),
+            (0.2, {"batch_norm": "micro_batch", "dropout": "native"}, 0),
+        ],
+        ids=["dropout", "no_dropout", "nothing_to_find"],
+    )
+    def test_in_forwards(self, probability: float, options: dict[str, str], looks: int) -> None:
+        model = nn.Sequential(nn.Linear(4, 4))
+        if probability:
+            model.append(nn.Dropout(probability))
+        seen: list[int] = []
+        model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(outputs)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_fn = nn.MSELoss()
+        accumulator = StreamedAccumulator(model, optimizer, loss_fn, micro_batch_size=6, **options)
+        for _ in range(2):
+            accumulator.step(torch.randn(8, 4), torch.randn(8, 4))
+        assert seen == [SAMPLES] * looks + [6, 2, 6, 2]
 
 
 class TestNoTrace:

@@ -1,7 +1,8 @@
 """A look at the model on a few samples: where they are inside of it, and what would escape the step.
 
-The model runs twice, the second time with one sample replaced by another. What changes is that
-sample's. Dropout is left out, and batch norm keeps to the first run's statistics, so nothing else does.
+Where it calls dropout, the model runs a second time, with one sample replaced by another. What changes is
+that sample's. Dropout is left out, and batch norm keeps to the first run's statistics, so nothing else
+does.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..batches import MicroBatch, PyTree, has_samples, rows
+from ..batches import MicroBatch, PyTree, copied, has_samples, rows
 from ..forward import Forward
 from ..parameters import modules_of
-from ..rehearsal import Rehearsal, copied
+from ..rehearsal import Rehearsal
 from .intercept import answering, native
 from .layout import NO_SAMPLES, Fingerprint, Layout, Layouts, Site, recognise
 from .sites import Names
@@ -52,20 +53,21 @@ class Survey:
 
     def __call__(self, forward: Forward, samples: MicroBatch, device: torch.device) -> None:
         """Raises RuntimeError where batch norm is out of reach (in a scripted module, say)."""
-        other = _replaced(samples)
         modules = modules_of(forward.model, forward.loss_fn)
         with Rehearsal(modules, device) as rehearsal:
             try:
                 before = _Look(forward, samples, modules)
-                rehearsal.start_over()
-                # All samples may be alike.
-                after = before if other is None else _Look(forward, other, modules, before)
-                fewer = before
-                if any(
-                    inputs.is_like(after.inputs.get(site)) for site, inputs in before.inputs.items()
-                ):
+                after = fewer = before
+                other = _replaced(samples) if before.inputs else None
+                if other is not None:
                     rehearsal.start_over()
-                    fewer = _Look(forward, _without_last(samples), modules)
+                    after = _Look(forward, other, modules, before)
+                    if any(
+                        fingerprint.is_like(after.inputs.get(site))
+                        for site, fingerprint in before.inputs.items()
+                    ):
+                        rehearsal.start_over()
+                        fewer = _Look(forward, _without_last(samples), modules)
             except Exception as reason:
                 _log.info("the model is not looked at: %s", reason)
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ def compute_together(
 
     def begin(micro_batch: MicroBatch) -> Callable[[], Any]:
         store.leave_alone(_rows_of_callers(micro_batch))
+        micro_batch = _written_to_apart(micro_batch)
         micro_batches.append(micro_batch)
         return partial(run, micro_batch, *computation.take_share(micro_batch))
 
@@ -74,3 +76,17 @@ def _rows_of_callers(micro_batch: MicroBatch) -> list[Tensor]:
     """Tensors that are part of the caller's. Those that were sent to the device are ours."""
     leaves = pytree.tree_leaves((micro_batch.inputs, micro_batch.targets))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf._base is not None]
+
+
+def _written_to_apart(micro_batch: MicroBatch) -> MicroBatch:
+    """Rows of one tensor count what is written to any of them, so that a model that writes to its inputs
+    would seem to have changed those that another micro-batch goes back through."""
+
+    def set_apart(leaf: Tensor) -> Tensor:
+        return leaf if leaf.requires_grad else leaf.data
+
+    inputs, targets = (
+        pytree.tree_map_only(Tensor, set_apart, tree)
+        for tree in (micro_batch.inputs, micro_batch.targets)
+    )
+    return replace(micro_batch, inputs=inputs, targets=targets)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..batches import MicroBatch
+from ..batches import MicroBatch, copied
 from ..invariance.cross_sample import check_same_outputs, detached, roots_of
 from ..streaming import Arrival
 from .computation import Computation, run_back
@@ -32,7 +32,8 @@ def compute_twice(
             first_sample, _ = computation.take_share(arrival.micro_batch)
             first_samples.append(first_sample)
             sampling.begin(first_sample, arrival.micro_batch.samples)
-            outputs.append(detached(forward.outputs(arrival.micro_batch.inputs)))
+            # Copies, for models that write to their inputs.
+            outputs.append(detached(forward.outputs(copied(arrival.micro_batch.inputs))))
             sampling.end()
     joint = computation.joint_loss(outputs, micro_batches)
     del outputs

@@ -15,14 +15,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from .. import ops
-from ..batches import MicroBatch
+from ..batches import MicroBatch, copied
 from ..forward import Forward
 from ..invariance.batch_norm import BeginGraph
 from ..invariance.intercept import answering, native
 from ..invariance.statistics import Moments, forward_coefficients, inverse_deviation
 from ..memory import format_bytes
 from ..memory.host_store import Held, HostBudgetError, HostStore
-from ..rehearsal import Rehearsal, copied
+from ..rehearsal import Rehearsal
 from ..streaming import moved
 
 

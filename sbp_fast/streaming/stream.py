@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..batches import MicroBatch, as_tensor
+from ..batches import MicroBatch, as_tensor, copied
 from .pinned_ring import PinnedRing
 
 
@@ -50,7 +50,9 @@ def _hand_on(
     last = len(micro_batches) if isinstance(micro_batches, Sized) else None
     for position, micro_batch in enumerate(micro_batches, start=1):
         arrived = moved(micro_batch, device)
-        yield Arrival(_copied(arrived) if keep else arrived, is_last=position == last)
+        if keep:
+            arrived = MicroBatch(copied(arrived.inputs), copied(arrived.targets), arrived.samples)
+        yield Arrival(arrived, is_last=position == last)
 
 
 def _send_ahead(
@@ -83,14 +85,6 @@ def _send_next(
     sent = _Sent(moved(micro_batch, device, ring), ticket)
     ring.close()
     return sent
-
-
-def _copied(micro_batch: MicroBatch) -> MicroBatch:
-    inputs, targets = (
-        pytree.tree_map_only(Tensor, Tensor.clone, tree)
-        for tree in (micro_batch.inputs, micro_batch.targets)
-    )
-    return MicroBatch(inputs, targets, micro_batch.samples)
 
 
 def moved(

@@ -288,3 +288,21 @@ def ignored_samples() -> Case:
     case = _classifier(UsedTwice())
     case.targets[:6] = -100
     return case
+
+
+class Centring(nn.Module):
+    """Writes to its inputs, which are the caller's, and goes back through what it wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = UsedTwice()
+        self.gain = nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        images -= 0.5
+        return self.model(images * self.gain)
+
+
+@seeded
+def inputs_written_to() -> Case:
+    return _classifier(Centring())

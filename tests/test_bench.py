@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from sbp_fast import ops
-from sbp_fast.bench import cli, environment, exact, goals, kernels, plots, rivals, step
+from sbp_fast.bench import (
+    batch_norm,
+    cli,
+    dropout,
+    environment,
+    exact,
+    goals,
+    kernels,
+    plots,
+    rivals,
+    step,
+)
 from sbp_fast.bench.case import Case, Contender
 from sbp_fast.bench.models import resnet18, resnet50
 from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, write_csv
@@ -29,6 +40,7 @@ TINY_PLAN = cli.Plan(
     ceiling_elements=64,
     kernel_rounds=2,
     step_rounds=2,
+    activations=[(2, 3, 4, 5)],
     sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     exact_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     exact_rounds=2,
@@ -278,6 +290,23 @@ def test_statistics_rivals_run_and_agree_on_the_norm():
     assert not bool(rivals.foreach_norm(sets)(0))
 
 
+def test_all_rivals_normalise_the_same():
+    cases = [make() for make in batch_norm.cases([(2, 3, 4, 5)], CPU)]
+    assert len({case.name for case in cases}) == 2 * 2 * 2
+    for case in cases:
+        ours, theirs = (contender.call(0) for contender in case.contenders)
+        tolerance = 1e-5 if case.dtype is torch.float32 else 2**-7
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=case.name)
+
+
+def test_all_rivals_drop_as_much():
+    for make in dropout.cases([(4, 5, 60, 50)], CPU):
+        case = make()
+        for contender in case.contenders:
+            dropped = contender.call(0) == 0
+            assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.01), contender.name
+
+
 def test_resnet50_shapes_are_those_of_the_paper():
     shapes = resnet50_shapes()
     assert len(shapes) == 161
@@ -383,7 +412,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
-        "exact",
+        "batch norm", "dropout", "exact",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from . import environment, exact, goals, kernels, plots, step
+from . import batch_norm, dropout, environment, exact, goals, kernels, plots, step
+from .activations import Activation
 from .case import Case
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
 from .timing import stopwatch_for
 
-SUBJECTS = ("kernels", "step", "exact")
+SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Plan:
     Attributes:
         networks: how many times the shapes of ResNet-50 (25.6 M elements) are in the lists.
         ceiling_elements: of each array of the ceiling.
-        kernel_rounds, step_rounds: measurements of each contender.
+        kernel_rounds, step_rounds: measurements of each contender; layers have those of kernels.
+        activations: of the layers.
         sizes: of the steps.
         exact_sizes: of the steps with exact batch norm.
         exact_rounds: measurements of each of those.
@@ -36,6 +38,7 @@ class Plan:
     ceiling_elements: int
     kernel_rounds: int
     step_rounds: int
+    activations: Sequence[Activation]
     sizes: Sequence[StepSize]
     exact_sizes: Sequence[StepSize]
     exact_rounds: int
@@ -48,6 +51,9 @@ FULL = Plan(
     ceiling_elements=50_000_000,
     kernel_rounds=31,
     step_rounds=21,
+    # Of ResNet-50's second stage: eight images of 64 x 64, which stay in the caches, and 32 of 224 x 224,
+    # which do not.
+    activations=[(8, 256, 16, 16), (32, 256, 56, 56)],
     sizes=[
         StepSize(pixels, batch, micro_batch)
         for pixels, batch in ((32, 16), (32, 32), (64, 16))
@@ -61,6 +67,7 @@ QUICK = Plan(
     ceiling_elements=25_000_000,
     kernel_rounds=5,
     step_rounds=5,
+    activations=[(8, 256, 16, 16)],
     sizes=[StepSize(32, 16, micro_batch) for micro_batch in (1, 4, 16)],
     exact_sizes=[StepSize(64, 16, 8)],
     exact_rounds=3,
@@ -82,9 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where CSV, plots, goals and environment go; left out: benchmarks/results/<device>",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="small and few: under a minute on two cores"
-    )
+    parser.add_argument("--quick", action="store_true", help="small and few: a minute on two cores")
     parser.add_argument("--only", choices=SUBJECTS, help="measure this alone; left out: all")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="left out: cuda where there is one, else cpu"
@@ -140,6 +145,10 @@ def bench(
         shapes = resnet50_shapes() * plan.networks
         makers = kernels.cases(shapes, device, plan.ceiling_elements)
         rows += _measure("kernels", makers, plan.kernel_rounds, device, output)
+    for subject, layer in (("batch_norm", batch_norm), ("dropout", dropout)):
+        if subject in subjects:
+            makers = layer.cases(plan.activations, device)
+            rows += _measure(subject, makers, plan.kernel_rounds, device, output)
     if "step" in subjects:
         makers = step.cases(plan.sizes, device, step_width)
         rows += _measure("step", makers, plan.step_rounds, device, output)
@@ -178,7 +187,7 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    draw = {"kernels": plots.draw_bandwidth, "step": plots.draw_step}.get(subject)
+    draw = {"exact": None, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
     if draw is None:
         return rows
     try:

@@ -93,6 +93,14 @@ GOALS = (
         on_average=True,
     ),
     Goal(
+        "batch norm in parts: never slower than torch's, on average",
+        "batch norm", opponent="torch batch norm", at_least=1.0, on_average=True,
+    ),
+    Goal(
+        "dropout per sample: at most 1.10 times torch's time",
+        "dropout", opponent="torch dropout", at_most=1.10,
+    ),
+    Goal(
         "exact batch norm, micro-batch 8: at most 1.35 times the plain loop's time",
         "exact", "ResNet-50 fp32, 64 px, batch 64, micro-batch 8", "batch_norm='exact'",
         "plain loop", at_most=1.35,

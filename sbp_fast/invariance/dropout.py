@@ -111,7 +111,7 @@ class PerSampleDropout:
             return output
         if inplace:
             return input.mul_(self._mask(input, input.ndim, p))
-        dropped: Tensor = _Dropout.apply(  # type: ignore[no-untyped-call]
+        dropped: Tensor = PhiloxDropout.apply(  # type: ignore[no-untyped-call]
             input, *self._arguments(input, p)
         )
         return dropped
@@ -219,7 +219,7 @@ class PerSampleDropout:
         return place
 
 
-class _Dropout(torch.autograd.Function):
+class PhiloxDropout(torch.autograd.Function):
     """Keeps nothing: the mask is computed again, and the backward pass is the same function."""
 
     @staticmethod
@@ -229,7 +229,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        result: Tensor = _Dropout.apply(gradient, *ctx.arguments)  # type: ignore[no-untyped-call]
+        result: Tensor = PhiloxDropout.apply(gradient, *ctx.arguments)  # type: ignore[no-untyped-call]
         return result, None, None
 
 

@@ -124,9 +124,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(nn.Sequential):
-    # Not below 8: there, the backward pass of a strided 1 x 1 convolution (float32, channels_last, CPU)
-    # writes beyond its memory (github.com/uxlfoundation/oneDNN/issues/6035; torch 2.13 has it).
-    def __init__(self, width: int = 8) -> None:
+    # With fewer channels than a vector has elements, 16 with AVX-512, the backward pass of a strided 1 x 1
+    # convolution (float32, channels_last, CPU) writes beyond its memory
+    # (github.com/uxlfoundation/oneDNN/issues/6035; torch 2.13 has it).
+    def __init__(self, width: int = 16) -> None:
         super().__init__(
             nn.Conv2d(3, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .transaction import Transaction
+
+# Random numbers and filters of warnings belong to the process.
+_one_at_a_time = threading.RLock()
 
 
 class Rehearsal:
@@ -37,8 +41,9 @@ class Rehearsal:
         self._ending = ExitStack()
 
     def __enter__(self) -> Rehearsal:
-        self._random_states = _random_states(self._device)
         with ExitStack() as ending:
+            ending.enter_context(_one_at_a_time)
+            self._random_states = _random_states(self._device)
             _quieten(ending)
             if "torch._dynamo" in sys.modules:
                 # Compiled code would be compiled for shapes that never come again.

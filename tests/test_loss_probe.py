@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import re
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -740,6 +742,26 @@ class TestRehearsal:
             with torch.enable_grad():
                 model(plain_batch()[0]).sum().backward()
         before.check(Snapshot(model))
+        assert not torch.is_warn_always_enabled()
+
+    def test_one_thread_at_a_time(self) -> None:
+        """What a rehearsal quietens belongs to the process: the first to begin must not be the first to
+        end."""
+        filters = warnings.filters
+        first_has_ended, second_has_begun = threading.Event(), threading.Event()
+
+        def second() -> None:
+            with Rehearsal([nn.Linear(1, 1)], CPU):
+                second_has_begun.set()
+                first_has_ended.wait()
+
+        thread = threading.Thread(target=second, daemon=True)
+        with Rehearsal([nn.Linear(1, 1)], CPU):
+            thread.start()
+            assert not second_has_begun.wait(0.2)
+        first_has_ended.set()
+        thread.join()
+        assert warnings.filters is filters
         assert not torch.is_warn_always_enabled()
 
     @pytest.mark.parametrize("draw", [torch.rand, random.random, np.random.rand])

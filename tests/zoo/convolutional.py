@@ -124,8 +124,8 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(nn.Sequential):
-    # With fewer channels than a vector has elements, 16 with AVX-512, the backward pass of a strided 1 x 1
-    # convolution (float32, channels_last, CPU) writes beyond its memory
+    # With fewer channels than a vector has elements, 16 with AVX-512, the backward pass of a strided
+    # 1 x 1 convolution (float32, channels_last, CPU) writes beyond its memory
     # (github.com/uxlfoundation/oneDNN/issues/6035; torch 2.13 has it).
     def __init__(self, width: int = 16) -> None:
         super().__init__(

@@ -43,14 +43,22 @@ class _Arguments:
     momentum: float
     eps: float
 
-    def edges(self, input: Tensor) -> list[GradientEdge | None]:
-        """Where gradients of the input, the weight and the bias go on to."""
+    def is_tracked(self, input: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (input, self.weight, self.bias)
+        )
+
+    def edges(self, input: Tensor, *, first: bool) -> list[GradientEdge | None]:
+        """Where gradients of the input, the weight and the bias go on to. The latter two are those of the
+        whole large batch, and go through the first micro-batch."""
+        tensors = (input, self.weight, self.bias) if first else (input, None, None)
         enabled = torch.is_grad_enabled()
         return [
             get_gradient_edge(tensor)
             if enabled and tensor is not None and tensor.requires_grad
             else None
-            for tensor in (input, self.weight, self.bias)
+            for tensor in tensors
         ]
 
 
@@ -62,10 +70,8 @@ class _Visit:
     moments: Moments
     input: Held | None
     edges: list[GradientEdge | None]
+    is_tracked: bool
     gradient: Held | None = None
-
-    def __post_init__(self) -> None:
-        self.is_tracked = any(edge is not None for edge in self.edges)
 
     def take_input(self) -> Tensor:
         assert self.input is not None
@@ -176,8 +182,10 @@ class ExactBatchNorm:
         if self._in_backward:
             return self._recompute(input, arguments, moments)
         member = self._running()
-        edges = arguments.edges(input)
-        visit = _Visit(arguments, moments, self._store.hold(input), edges)
+        edges = arguments.edges(input, first=member.position == 0)
+        visit = _Visit(
+            arguments, moments, self._store.hold(input), edges, arguments.is_tracked(input)
+        )
         self._layers.note_count(running_mean)
         self._graphs[member.position].end_level([edge for edge in edges if edge is not None])
         del edges

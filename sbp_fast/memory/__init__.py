@@ -2,6 +2,14 @@
 
 from .budget import format_bytes, parse_bytes
 from .device_budget import DeviceMemory, memory_budget
+from .freed_pages import keep_freed_pages
 from .live_bytes import LiveBytes
 
-__all__ = ["DeviceMemory", "LiveBytes", "format_bytes", "memory_budget", "parse_bytes"]
+__all__ = [
+    "DeviceMemory",
+    "LiveBytes",
+    "format_bytes",
+    "keep_freed_pages",
+    "memory_budget",
+    "parse_bytes",
+]

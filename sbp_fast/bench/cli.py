@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..memory import keep_freed_pages
 from . import batch_norm, dropout, environment, exact, goals, kernels, plots, step
 from .activations import Activation
 from .case import Case
@@ -113,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     output = arguments.output or Path("benchmarks", "results", environment.slug(device))
+    # Page faults would be a good part of every step on the CPU, whoever makes it.
+    keep_freed_pages()
     subjects = SUBJECTS if arguments.only is None else (arguments.only,)
     bench(device, QUICK if arguments.quick else FULL, output, subjects)
     return 0

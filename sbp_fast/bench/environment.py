@@ -29,10 +29,13 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """A name for a folder of results, such as ``cpu-amd-epyc-2-threads``."""
+    """A name for a folder of results, such as ``cpu-amd-epyc-avx512-2-threads``.
+
+    Virtual machines call processors of several generations by one name; their instruction sets differ.
+    """
     name = f"{device.type} {device_name(device)}"
     if device.type != "cuda":
-        name += f" {torch.get_num_threads()} threads"
+        name += f" {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -93,10 +93,6 @@ GOALS = (
         on_average=True,
     ),
     Goal(
-        "batch norm in parts: never slower than torch's, on average",
-        "batch norm", opponent="torch batch norm", at_least=1.0, on_average=True,
-    ),
-    Goal(
         "dropout per sample: at most 1.10 times torch's time",
         "dropout", opponent="torch dropout", at_most=1.10,
     ),

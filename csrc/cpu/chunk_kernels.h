@@ -76,8 +76,10 @@ ChunkStatistics accumulate_chunk(void* accumulator_data, const void* gradient_da
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    prefetch_ahead<false>(gradient + i);
-    if constexpr (!kFirstWrite) prefetch_ahead<true>(accumulator + i);
+    prefetch_ahead<false, 2 * kLanes * sizeof(gradient_t)>(gradient + i);
+    if constexpr (!kFirstWrite) {
+      prefetch_ahead<true, 2 * kLanes * sizeof(accumulator_t)>(accumulator + i);
+    }
     step(i, in_even, result_even);
     step(i + kLanes, in_odd, result_odd);
   }
@@ -109,7 +111,7 @@ ChunkStatistics statistics_chunk(const void* gradient_data, int64_t count) {
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    prefetch_ahead<false>(gradient + i);
+    prefetch_ahead<false, 2 * kLanes * sizeof(gradient_t)>(gradient + i);
     step(i, even);
     step(i + kLanes, odd);
   }

@@ -67,9 +67,14 @@ inline void finish_streaming() {
 // that.
 inline constexpr int kPrefetchBytes = 1024;
 
-template <bool kForWriting>
+inline constexpr int kCacheLineBytes = 64;
+
+// Every line of the kBytes from `address` on.
+template <bool kForWriting, int kBytes>
 inline void prefetch_ahead(const void* address) {
-  __builtin_prefetch(static_cast<const char*>(address) + kPrefetchBytes, kForWriting);
+  for (int line = 0; line < kBytes; line += kCacheLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(address) + kPrefetchBytes + line, kForWriting);
+  }
 }
 
 // Widening loads: kLanes elements of storage type S as T.

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
+from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
 from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
@@ -24,15 +25,16 @@ from .invariance.survey import Survey
 from .large_batch import LargeBatch
 from .loss import Shares, read_contract
 from .loss_probe import probe_loss
-from .memory import LiveBytes
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
+from .memory.micro_batch_size import MicroBatchSize
 from .memory.peak import PeakMeter
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
 from .passes.computation import Computation
 from .passes.one_by_one import compute_one_by_one
 from .passes.twice import compute_twice
+from .passes.until_it_fits import Compute, compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .streaming import PinnedRing, stream_to
@@ -131,7 +133,7 @@ class StreamedAccumulator:
         self._cross_sample_loss = cross_sample_loss
         self._modules = modules_of(model, loss_fn)
         self._optimizer = optimizer
-        self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
+        self._size = MicroBatchSize(options.check_micro_batch_size(micro_batch_size))
         self._contract = (
             options.cross_sample_contract(loss_fn, normalization)
             if cross_sample_loss
@@ -183,6 +185,7 @@ class StreamedAccumulator:
         with self._transaction as transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
+            self._size.end_step()
             finite_loss, finite_gradient = large_batch.finite()
             skipped = not (finite_loss and finite_gradient)
             if not skipped:
@@ -211,6 +214,7 @@ class StreamedAccumulator:
         with self._transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
+            self._size.end_step()
             return large_batch.result(skipped=False)
 
     def _follow_changes(self) -> None:
@@ -241,6 +245,7 @@ class StreamedAccumulator:
         self._ring = PinnedRing(device) if device.type == "cuda" else None
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
+        self._buffers = Buffers(self._modules, earlier=self._transaction.buffers)
         self._hooks = GradientHooks(
             parameters.trainable,
             names,
@@ -255,15 +260,11 @@ class StreamedAccumulator:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
         micro_batches, shares = self._split(inputs, targets)
         micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
-        large_batch = LargeBatch(
-            shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
-        )
         must_meet = self._must_meet()
+        all_at_once = must_meet or self._cross_sample_loss
+        meter = PeakMeter(self._device)
         arrivals = stream_to(
-            self._device,
-            micro_batches,
-            self._ring,
-            keep=is_stream(inputs) and (must_meet or self._cross_sample_loss),
+            self._device, micro_batches, self._ring, keep=is_stream(inputs) and all_at_once
         )
         with (
             torch.enable_grad(),
@@ -271,36 +272,54 @@ class StreamedAccumulator:
                 self._modules,
                 self._device,
                 self._layouts,
-                reseed=must_meet or self._cross_sample_loss,
+                reseed=all_at_once,
                 backend=self._backend,
             ) as sampling,
         ):
-            computation = Computation(
-                self._device, self._forward, large_batch, sampling, self._grad_scaler
-            )
-            if must_meet:
-                # Here, since nothing else needs greenlet, which a machine without network may lack.
-                from .passes.together import compute_together
 
-                store = self._host_store(large_batch.meter.counter)
-                if self._waiting is not None and isinstance(micro_batches, list):
-                    self._waiting.check(micro_batches, self._forward, self._modules, store)
-                compute_together(
-                    arrivals,
-                    computation,
-                    self._modules,
-                    self._hooks.deliver,
-                    store,
-                    cross_sample_loss=self._cross_sample_loss,
-                    backend=self._backend,
+            def start_over() -> None:
+                self._transaction.start_over()
+                shares.start_over()
+
+            def begin() -> Computation:
+                accumulators = Accumulators(self._hooks, backend=self._backend)
+                large_batch = LargeBatch(shares, accumulators, meter)
+                return Computation(
+                    self._device, self._forward, large_batch, sampling, self._grad_scaler
                 )
-                large_batch.host_bytes = store.peak_host_bytes
-                large_batch.spilled_bytes = store.peak_file_bytes
-            elif self._cross_sample_loss:
-                compute_twice(arrivals, computation, self._transaction.put_buffers_back)
+
+            if not all_at_once:
+                computation = begin()
+                compute_one_by_one(arrivals, computation, self._size, self._buffers)
+                return computation.large_batch
+            if must_meet:
+                if self._waiting is not None and isinstance(micro_batches, list):
+                    store = self._host_store(meter)
+                    self._waiting.check(micro_batches, self._forward, self._modules, store)
+                compute: Compute = self._compute_together
             else:
-                compute_one_by_one(arrivals, computation)
-        return large_batch
+                compute = partial(compute_twice, buffers=self._transaction.buffers)
+            return compute_until_it_fits(
+                arrivals, begin, compute, start_over, self._size
+            ).large_batch
+
+    def _compute_together(self, arriving: Iterable[MicroBatch], computation: Computation) -> None:
+        # Here, since nothing else needs greenlet, which a machine without network may lack.
+        from .passes.together import compute_together
+
+        large_batch = computation.large_batch
+        store = self._host_store(large_batch.meter)
+        compute_together(
+            arriving,
+            computation,
+            self._modules,
+            self._hooks.deliver,
+            store,
+            cross_sample_loss=self._cross_sample_loss,
+            backend=self._backend,
+        )
+        large_batch.host_bytes = store.peak_host_bytes
+        large_batch.spilled_bytes = store.peak_file_bytes
 
     def _must_meet(self) -> bool:
         """Whether there are statistics to be computed from all micro-batches."""
@@ -308,12 +327,12 @@ class StreamedAccumulator:
             return False
         return has_batch_norm(self._modules) or self._survey.calls_batch_norm
 
-    def _host_store(self, counter: LiveBytes | None) -> HostStore:
+    def _host_store(self, meter: PeakMeter) -> HostStore:
         store = HostStore(
             self._device,
             self._host_budget,
             self._spill_directory,
-            counter,
+            meter.counter,
             # Half of what is free is left to the micro-batch that computes.
             device_room=free_bytes(self._device) // 2,
         )
@@ -325,7 +344,7 @@ class StreamedAccumulator:
         self, inputs: PyTree | Iterable[Any], targets: PyTree
     ) -> tuple[Iterable[MicroBatch], Shares]:
         shares = Shares(self._contract)
-        size = self._micro_batch_size
+        size = self._size.current
         if not is_stream(inputs):
             micro_batches = split(inputs, targets, size, with_targets=self._loss_fn is not None)
             shares.announce(micro_batches)

@@ -24,13 +24,22 @@ class MicroBatch:
     """One piece of a large batch, still where the large batch lies.
 
     ``cut_from``: the inputs and targets, of a large batch or of one item of a stream, whose rows these
-    are; None once they have left for a device.
+    are; None once they have left for a device. ``borrowed``: their memory is the caller's.
     """
 
     inputs: PyTree
     targets: PyTree
     samples: int
     cut_from: tuple[PyTree, PyTree] | None = None
+    borrowed: bool = True
+
+    def tensors(self) -> list[Tensor]:
+        leaves = pytree.tree_leaves((self.inputs, self.targets))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def versions(self) -> list[int]:
+        """Of all tensors: another one where somebody has written to it."""
+        return [tensor._version for tensor in self.tensors() if not tensor.is_inference()]
 
 
 def is_stream(inputs: PyTree) -> bool:
@@ -106,6 +115,21 @@ def split_stream(
             "the stream of micro-batches is empty; a large batch needs at least one sample "
             "(a generator that has already been consumed gives nothing a second time)"
         )
+
+
+def cut(micro_batch: MicroBatch, size: int) -> list[MicroBatch]:
+    """Pieces of at most ``size`` samples, as views; the micro-batch itself where it has no more."""
+    if micro_batch.samples <= size:
+        return [micro_batch]
+    return [
+        MicroBatch(
+            rows(micro_batch.inputs, start, min(start + size, micro_batch.samples)),
+            rows(micro_batch.targets, start, min(start + size, micro_batch.samples)),
+            min(size, micro_batch.samples - start),
+            borrowed=micro_batch.borrowed,
+        )
+        for start in range(0, micro_batch.samples, size)
+    ]
 
 
 def count_samples(inputs: PyTree, targets: PyTree) -> int:

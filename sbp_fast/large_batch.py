@@ -24,6 +24,8 @@ class LargeBatch:
     shares: Shares
     accumulators: Accumulators
     meter: PeakMeter
+    micro_batches: int = 0
+    micro_batch_size: int = 0
     host_bytes: int = 0
     spilled_bytes: int = 0
     loss: Tensor = field(init=False)
@@ -38,6 +40,11 @@ class LargeBatch:
             loss = loss.masked_fill(share <= 0, 0.0)
         self.loss = self.loss + loss.detach().double() * share
         return loss
+
+    def count(self, samples: int) -> None:
+        """As many have been computed at once."""
+        self.micro_batches += 1
+        self.micro_batch_size = max(self.micro_batch_size, samples)
 
     def close(self, grad_scaler: GradScaler | None) -> Weight:
         """Normalises what was summed; returns what the accumulators are still to be multiplied with."""
@@ -61,8 +68,8 @@ class LargeBatch:
             loss=self.loss,
             grad_norm=self.grad_norm,
             samples=self.shares.samples,
-            micro_batches=self.shares.micro_batches,
-            micro_batch_size=self.shares.micro_batch_size,
+            micro_batches=self.micro_batches,
+            micro_batch_size=self.micro_batch_size,
             peak_bytes=self.meter.peak_bytes(),
             host_bytes=self.host_bytes,
             spilled_bytes=self.spilled_bytes,

@@ -59,9 +59,8 @@ class Shares:
         self._announced: Iterator[Weight] = iter(())
         self._divisor: Weight | None = None
         self._total: Weight = 0.0
+        self._is_announced = False
         self.samples = 0
-        self.micro_batches = 0
-        self.micro_batch_size = 0
 
     def announce(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Tells the whole large batch beforehand, so that every share is final when handed out.
@@ -71,6 +70,7 @@ class Shares:
         """
         weights = [self._weigh(micro_batch) for micro_batch in micro_batches]
         self._announced = iter(weights)
+        self._is_announced = True
         self._divisor = self._divide_by(
             sum(weights), sum(micro_batch.samples for micro_batch in micro_batches)
         )
@@ -88,9 +88,25 @@ class Shares:
             self._divisor = self._divide_by(unit, micro_batch.samples)
         self._total = self._total + weight
         self.samples += micro_batch.samples
-        self.micro_batches += 1
-        self.micro_batch_size = max(self.micro_batch_size, micro_batch.samples)
         return weight / self._divisor
+
+    def divide(self, share: Weight, pieces: Sequence[MicroBatch]) -> list[Weight]:
+        """The shares of all pieces of a micro-batch that had this one."""
+        if self._contract.weigh is None:
+            return [share] * len(pieces)
+        weights = [self._weigh(piece) for piece in pieces]
+        total = sum(weights)
+        if isinstance(total, Tensor):
+            total = torch.where(total > 0, total, 1.0)
+        return [share * (weight / total) for weight in weights]
+
+    def start_over(self) -> None:
+        """The large batch comes again from its first micro-batch on, split in another way."""
+        self._announced = iter(())
+        self._total = 0.0
+        self.samples = 0
+        if not self._is_announced:
+            self._divisor = None
 
     def remaining_scale(self) -> Weight:
         """What the sum of all ``share * loss`` is still to be multiplied with; 1.0 if announced."""

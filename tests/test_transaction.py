@@ -179,13 +179,15 @@ def test_copies_of_large_buffers_are_made_once() -> None:
     module = module_with(large=torch.ones(MANY), sparse=torch.eye(3).to_sparse())
     transaction = transaction_on(module)
     complete(transaction)
-    copies = [copy.contents for copy in transaction._copies.values()]
+    copies = [copy.contents for copy in transaction.buffers._copies.values()]
     versions = [copy._version for copy in copies]
     complete(transaction)
     assert [copy._version for copy in copies] == versions
     module.large.add_(1)
     complete(transaction)
-    assert all(a is c.contents for a, c in zip(copies, transaction._copies.values(), strict=True))
+    assert all(
+        a is c.contents for a, c in zip(copies, transaction.buffers._copies.values(), strict=True)
+    )
     assert torch.equal(copies[0], module.large)
 
 
@@ -293,7 +295,7 @@ def test_every_root_is_watched_and_shared_buffers_are_copied_once() -> None:
     transaction = transaction_on(model, loss)
     fail(transaction, lambda: (shared.add_(1), loss.own.add_(1)))
     assert shared.item() == loss.own.item() == 0
-    assert len(transaction._copies) == 2
+    assert len(transaction.buffers._copies) == 2
 
 
 def test_buffers_that_are_gone_are_not_kept() -> None:
@@ -304,4 +306,4 @@ def test_buffers_that_are_gone_are_not_kept() -> None:
     module.mask = None
     complete(transaction)
     assert gone() is None
-    assert not transaction._copies
+    assert not transaction.buffers._copies

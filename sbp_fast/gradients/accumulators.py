@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,14 +24,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class _Bucket:
-    """Gradients that wait for the next call, and what is to be done with each."""
+    """Gradients that wait for the next call, and what is to be done with each; all by parameter."""
 
-    stores: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    additions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    additions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Gradients that became accumulators as they were: only their statistics are wanted.
-    observations: list[Tensor] = field(default_factory=list)
-    indices: set[int] = field(default_factory=set)
+    observations: dict[int, Tensor] = field(default_factory=dict)
     bytes: int = 0
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.stores or index in self.additions or index in self.observations
 
 
 def autograd_can_accumulate(parameter: Tensor) -> bool:
@@ -55,6 +57,10 @@ class Accumulators:
 
     During the last micro-batch the passes also collect statistics: :attr:`statistics` (see
     :func:`sbp_fast.ops.new_statistics`) then describes the whole gradient.
+
+    Attributes:
+        arrived: parameters whose gradients of the current micro-batch are wholly in, where its backward
+            pass fails half way.
     """
 
     def __init__(self, hooks: GradientHooks, *, backend: str) -> None:
@@ -69,66 +75,81 @@ class Accumulators:
         self._observing = False
         self._bucket = _Bucket()
         self._scale = 1.0
+        self._left_out: frozenset[int] = frozenset()
+        self.arrived: set[int] = set()
         self.statistics = ops.new_statistics(device)
         # Somebody else's hook may take a gradient away, which only a hook of ours would notice.
         hooks.watch([i for i in hooks.unwatched if self._parameters[i]._post_accumulate_grad_hooks])
         self._unowned = sorted(hooks.unwatched)
 
     @contextmanager
-    def collecting(self, scale: float) -> Iterator[None]:
+    def collecting(self, scale: float, left_out: frozenset[int] = frozenset()) -> Iterator[None]:
         """Around the backward pass of one micro-batch: takes its gradients, each ``scale`` times.
+
+        Args:
+            left_out: parameters whose gradients are not taken, since they are in already.
 
         Raises:
             RuntimeError: a gradient is sparse, or another hook took it.
         """
-        if scale != 1.0 and self._hooks.unwatched:
+        if self._hooks.unwatched and (scale != 1.0 or left_out):
             self._stop_autograd_from_adding()
-        self._scale = scale
-        with self._hooks.delivering_to(self._add):
-            yield
-        self._flush()
+        self._scale, self._left_out = scale, left_out
+        versions = self._versions()
+        try:
+            with self._hooks.delivering_to(self._add):
+                yield
+            self._flush()
+        except BaseException:
+            self._drop_bucket()
+            now = self._versions()
+            self.arrived.update(i for i, version in versions.items() if now[i] != version)
+            raise
         self._own_what_autograd_keeps()
 
-    def observe(self) -> None:
-        """From here on (the last micro-batch) passes collect statistics."""
-        self._observing = True
+    def begin_micro_batch(self) -> None:
+        """Nothing of it has arrived."""
+        self.arrived = set()
+
+    def observe(self, observing: bool = True) -> None:
+        """Whether passes collect statistics: from the last micro-batch on."""
+        self._observing = observing
 
     def _add(self, index: int, gradient: Tensor) -> None:
         self._check_dense(index, gradient)
-        if index in self._bucket.indices:
+        if index in self._left_out:
+            return
+        if index in self._bucket:
             # Two gradients for one accumulator must not meet in one call.
             self._flush()
         total = self._sums[index]
         bucket = self._bucket
-        bucket.indices.add(index)
-        if self._observing:
-            self._observed_twice |= self._observed[index]
-            self._observed[index] = True
         if total is not None:
-            bucket.additions.append((total, gradient))
+            bucket.additions[index] = (total, gradient)
         elif (
             self._scale == 1.0
             and gradient.dtype == accumulator_dtype(gradient.dtype)
             and _owns_its_memory(gradient)
         ):
             self._sums[index] = gradient
+            self.arrived.add(index)
             if not self._observing:
                 return
-            bucket.observations.append(gradient)
+            bucket.observations[index] = gradient
         else:
             total = torch.empty_like(gradient, dtype=accumulator_dtype(gradient.dtype))
             self._sums[index] = total
-            bucket.stores.append((total, gradient))
+            bucket.stores[index] = (total, gradient)
         bucket.bytes += gradient.nbytes
         if bucket.bytes >= self._bucket_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        bucket, self._bucket = self._bucket, _Bucket()
         statistics = self.statistics if self._observing else None
+        bucket = self._bucket
         for pairs, first_write in ((bucket.stores, True), (bucket.additions, False)):
             if pairs:
-                totals, gradients = zip(*pairs, strict=True)
+                totals, gradients = zip(*pairs.values(), strict=True)
                 ops.scale_accumulate_(
                     list(totals),
                     list(gradients),
@@ -137,8 +158,31 @@ class Accumulators:
                     statistics=statistics,
                     backend=self._backend,
                 )
+                self._note(pairs)
+                pairs.clear()
         if bucket.observations:
-            ops.gradient_statistics_(bucket.observations, self.statistics, backend=self._backend)
+            ops.gradient_statistics_(
+                list(bucket.observations.values()), self.statistics, backend=self._backend
+            )
+            self._note(bucket.observations)
+        self._bucket = _Bucket()
+
+    def _note(self, indices: Iterable[int]) -> None:
+        self.arrived.update(indices)
+        if self._observing:
+            for index in indices:
+                self._observed_twice |= self._observed[index]
+                self._observed[index] = True
+
+    def _drop_bucket(self) -> None:
+        for index in self._bucket.stores:
+            self._sums[index] = None
+        self._bucket = _Bucket()
+
+    def _versions(self) -> dict[int, int | None]:
+        """Autograd adds in place, which raises the version of ``p.grad``."""
+        gradients = {index: self._parameters[index].grad for index in self._hooks.unwatched}
+        return {i: None if g is None else g._version for i, g in gradients.items()}
 
     def finish(self) -> list[Tensor | None]:
         """The accumulators, by parameter; None where no gradient came. The object holds none after."""
@@ -159,7 +203,8 @@ class Accumulators:
         self._unowned = [i for i in self._unowned if self._parameters[i].grad is None]
 
     def _stop_autograd_from_adding(self) -> None:
-        # Autograd adds gradients as they are, never scaled.
+        # Autograd adds gradients as they are, never scaled, and never leaves one out.
+        self._own_what_autograd_keeps()
         for index in self._hooks.unwatched:
             parameter = self._parameters[index]
             self._sums[index], parameter.grad = parameter.grad, None

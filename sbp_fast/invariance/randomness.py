@@ -6,6 +6,8 @@ from types import TracebackType
 
 import torch
 
+from ..generators import default_generators
+
 _MASK = (1 << 64) - 1
 
 
@@ -21,14 +23,15 @@ class StepRandomness:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.generators.append(torch.cuda.default_generators[index])
+        self.generators = default_generators([device])
 
     def __enter__(self) -> StepRandomness:
         self._before = [generator.get_state() for generator in self.generators]
-        self.seed = int(torch.randint(2**63 - 1, ()))
+        try:
+            self.seed = int(torch.randint(2**63 - 1, ()))
+        except BaseException:
+            self._set(self._before)
+            raise
         self._after = [generator.get_state() for generator in self.generators]
         return self
 
@@ -38,7 +41,9 @@ class StepRandomness:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        states = self._after if error is None else self._before
+        self._set(self._after if error is None else self._before)
+
+    def _set(self, states: list[torch.Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 

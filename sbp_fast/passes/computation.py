@@ -51,9 +51,15 @@ class Computation:
         return [(loss, _as_gradient(seed, loss))]
 
     @contextmanager
-    def collecting(self, scale: float = 1.0) -> Iterator[None]:
-        """Around a backward pass: its gradients, ``scale`` times, go to the accumulators."""
-        with self.large_batch.accumulators.collecting(scale), backward_context(self.device.type):
+    def collecting(
+        self, scale: float = 1.0, left_out: frozenset[int] = frozenset()
+    ) -> Iterator[None]:
+        """Around a backward pass: its gradients, ``scale`` times, go to the accumulators; those of
+        parameters that are left out are in already."""
+        with (
+            self.large_batch.accumulators.collecting(scale, left_out),
+            backward_context(self.device.type),
+        ):
             yield
 
 

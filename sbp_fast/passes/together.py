@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..batches import MicroBatch
 from ..invariance.batch_norm import ExactBatchNorm
@@ -16,12 +14,11 @@ from ..invariance.cross_sample import roots_of
 from ..invariance.lockstep import Lockstep
 from ..loss import Weight
 from ..memory.host_store import HostStore
-from ..streaming import Arrival
 from .computation import Computation, is_nothing
 
 
 def compute_together(
-    arrivals: Iterable[Arrival],
+    arriving: Iterable[MicroBatch],
     computation: Computation,
     modules: Sequence[nn.Module],
     deliver: Callable[[Tensor, Tensor], None],
@@ -57,12 +54,13 @@ def compute_together(
         return computation.roots(computation.large_batch.add_loss(loss, share), share)
 
     def begin(micro_batch: MicroBatch) -> Callable[[], Any]:
-        store.leave_alone(_rows_of_callers(micro_batch))
-        micro_batch = _written_to_apart(micro_batch)
+        if micro_batch.borrowed:
+            store.leave_alone(micro_batch.tensors())
+        computation.large_batch.count(micro_batch.samples)
         micro_batches.append(micro_batch)
         return partial(run, micro_batch, *computation.take_share(micro_batch))
 
-    results = together.forward(begin(arrival.micro_batch) for arrival in arrivals)
+    results = together.forward(map(begin, arriving))
     if cross_sample_loss:
         joint = computation.joint_loss(results, micro_batches)
         results = [
@@ -70,23 +68,3 @@ def compute_together(
         ]
     with computation.collecting():
         together.backward(results)
-
-
-def _rows_of_callers(micro_batch: MicroBatch) -> list[Tensor]:
-    """Tensors that are part of the caller's. Those that were sent to the device are ours."""
-    leaves = pytree.tree_leaves((micro_batch.inputs, micro_batch.targets))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf._base is not None]
-
-
-def _written_to_apart(micro_batch: MicroBatch) -> MicroBatch:
-    """Rows of one tensor count what is written to any of them, so that a model that writes to its inputs
-    would seem to have changed those that another micro-batch goes back through."""
-
-    def set_apart(leaf: Tensor) -> Tensor:
-        return leaf if leaf.requires_grad else leaf.data
-
-    inputs, targets = (
-        pytree.tree_map_only(Tensor, set_apart, tree)
-        for tree in (micro_batch.inputs, micro_batch.targets)
-    )
-    return replace(micro_batch, inputs=inputs, targets=targets)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
 from ..batches import MicroBatch, copied
+from ..buffers import Buffers
 from ..invariance.cross_sample import check_same_outputs, detached, roots_of
-from ..streaming import Arrival
 from .computation import Computation, run_back
 
 
 def compute_twice(
-    arrivals: Iterable[Arrival], computation: Computation, put_buffers_back: Callable[[], None]
+    arriving: Iterable[MicroBatch], computation: Computation, buffers: Buffers
 ) -> None:
     """For a loss that compares samples. The inputs of the whole large batch stay on the device.
 
     Args:
-        put_buffers_back: gives the modules' buffers the contents that they had before the step.
+        buffers: those of the modules, as they were before the step.
 
     Raises:
         RuntimeError: the model computed something else the second time.
@@ -27,18 +27,18 @@ def compute_twice(
     micro_batches: list[MicroBatch] = []
     first_samples, outputs = [], []
     with torch.no_grad():
-        for arrival in arrivals:
-            micro_batches.append(arrival.micro_batch)
-            first_sample, _ = computation.take_share(arrival.micro_batch)
+        for micro_batch in arriving:
+            micro_batches.append(micro_batch)
+            first_sample, _ = computation.take_share(micro_batch)
             first_samples.append(first_sample)
-            sampling.begin(first_sample, arrival.micro_batch.samples)
+            sampling.begin(first_sample, micro_batch.samples)
             # Copies, for models that write to their inputs.
-            outputs.append(detached(forward.outputs(copied(arrival.micro_batch.inputs))))
+            outputs.append(detached(forward.outputs(copied(micro_batch.inputs))))
             sampling.end()
     joint = computation.joint_loss(outputs, micro_batches)
     del outputs
     # From the same buffers through the same changes to the same end.
-    put_buffers_back()
+    buffers.put_back()
     differ = []
     for position, micro_batch in enumerate(micro_batches):
         sampling.begin(first_samples[position], micro_batch.samples)
@@ -51,4 +51,5 @@ def compute_twice(
         if roots:
             with computation.collecting():
                 run_back(roots)
+        computation.large_batch.count(micro_batch.samples)
     check_same_outputs(differ)

@@ -51,7 +51,9 @@ def _hand_on(
     for position, micro_batch in enumerate(micro_batches, start=1):
         arrived = moved(micro_batch, device)
         if keep:
-            arrived = MicroBatch(copied(arrived.inputs), copied(arrived.targets), arrived.samples)
+            arrived = MicroBatch(
+                copied(arrived.inputs), copied(arrived.targets), arrived.samples, borrowed=False
+            )
         yield Arrival(arrived, is_last=position == last)
 
 
@@ -92,10 +94,14 @@ def moved(
 ) -> MicroBatch:
     """A micro-batch as the model sees it: NumPy arrays are tensors, and tensors are on ``device``."""
 
+    borrowed = False
+
     def move(leaf: Any) -> Any:
+        nonlocal borrowed
         if isinstance(leaf, np.ndarray):
             leaf = as_tensor(leaf)
         if not isinstance(leaf, Tensor) or leaf.device == device:
+            borrowed |= isinstance(leaf, Tensor)
             return leaf
         if ring is not None and leaf.device.type == "cpu":
             return ring.send(leaf)
@@ -104,4 +110,4 @@ def moved(
     inputs, targets = (
         pytree.tree_map(move, tree) for tree in (micro_batch.inputs, micro_batch.targets)
     )
-    return MicroBatch(inputs, targets, micro_batch.samples)
+    return MicroBatch(inputs, targets, micro_batch.samples, borrowed=borrowed)

@@ -94,6 +94,9 @@ class Accumulators:
         """
         if self._hooks.unwatched and (scale != 1.0 or left_out):
             self._stop_autograd_from_adding()
+        if left_out:
+            # Memory is short: none for gradients that wait for one another.
+            self._bucket_bytes = 0
         self._scale, self._left_out = scale, left_out
         versions = self._versions()
         try:

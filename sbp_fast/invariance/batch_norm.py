@@ -10,9 +10,11 @@ through mean and variance.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,10 +66,14 @@ class _Arguments:
 
 @dataclass
 class _Visit:
-    """One micro-batch's part in a call."""
+    """One micro-batch's part in a call.
+
+    ``mean``: by which a checkpoint that computes the call again finds it; None outside of checkpoints.
+    """
 
     arguments: _Arguments
-    moments: Moments
+    channels: int
+    mean: Tensor | None
     input: Held | None
     edges: list[GradientEdge | None]
     is_tracked: bool
@@ -137,10 +143,12 @@ class ExactBatchNorm:
             ValueError: a channel has one value in the whole large batch.
         """
         members = self._lockstep.members
-        with answering(self), saved_tensors_hooks(self._pack, _unpack):
+        # Not a method of this object: autograd keeps the hooks with what it saves, where no garbage
+        # collector sees that they lead back to the graph.
+        with answering(self), saved_tensors_hooks(self._store.hold, Held.take):
             try:
                 for run in runs:
-                    self._graphs.append(CutGraph(self._keep, self._deliver))
+                    self._graphs.append(CutGraph(partial(_keep, self._store), self._deliver))
                     self._lockstep.start(run)
                 while not self._all_have_finished():
                     self._close_call()
@@ -184,12 +192,19 @@ class ExactBatchNorm:
         member = self._running()
         edges = arguments.edges(input, first=member.position == 0)
         visit = _Visit(
-            arguments, moments, self._store.hold(input), edges, arguments.is_tracked(input)
+            arguments,
+            len(moments.mean),
+            moments.mean.clone() if self._may_come_again() else None,
+            self._store.hold(input),
+            edges,
+            arguments.is_tracked(input),
         )
         self._layers.note_count(running_mean)
         self._graphs[member.position].end_level([edge for edge in edges if edge is not None])
         del edges
-        self._lockstep.meet(visit, f"batch norm {arguments.layer}")
+        # The moments are not part of the visit, which stays: for every micro-batch they have as many
+        # elements as the model has channels.
+        self._lockstep.meet((visit, moments), f"batch norm {arguments.layer}")
         call = self._calls[-1]
         output = self._output(visit.take_input(), call.coefficients, visit.is_tracked)
         if visit.is_tracked:
@@ -203,7 +218,7 @@ class ExactBatchNorm:
             waiting = next(member for member in members if not member.finished)
             raise RuntimeError(
                 f"micro-batch {waiting.position} waits in batch norm "
-                f"{waiting.message.arguments.layer}, but micro-batch {finished[0].position} has ended "
+                f"{waiting.message[0].arguments.layer}, but micro-batch {finished[0].position} has ended "
                 f"after {len(self._calls)} calls of batch norm; with batch_norm='exact' all "
                 "micro-batches must make the same calls in the same order, whatever their data: "
                 "take the branch out of the model, or pass batch_norm='micro_batch'"
@@ -212,10 +227,10 @@ class ExactBatchNorm:
 
     def _close_call(self) -> None:
         """All have arrived: computes what each needs to go on, and updates the running statistics."""
-        visits: list[_Visit] = [member.message for member in self._lockstep.members]
+        visits: list[_Visit] = [member.message[0] for member in self._lockstep.members]
         for position, visit in enumerate(visits):
             self._check_same_call(visits[0], visit, position)
-        whole = statistics.merge([visit.moments for visit in visits])
+        whole = statistics.merge([member.message[1] for member in self._lockstep.members])
         arguments = visits[0].arguments
         if whole.count <= 1:
             raise ValueError(
@@ -248,13 +263,13 @@ class ExactBatchNorm:
         self._layers.count_once()
 
     def _check_same_call(self, first: _Visit, visit: _Visit, position: int) -> None:
-        expected = (first.arguments.layer, first.arguments.eps, first.moments.mean.shape)
-        found = (visit.arguments.layer, visit.arguments.eps, visit.moments.mean.shape)
+        expected = (first.arguments.layer, first.arguments.eps, first.channels)
+        found = (visit.arguments.layer, visit.arguments.eps, visit.channels)
         if expected != found:
             raise RuntimeError(
                 f"call {len(self._calls)} of batch norm is {visit.arguments.layer} "
-                f"({len(visit.moments.mean)} channels) in micro-batch {position} but "
-                f"{first.arguments.layer} ({len(first.moments.mean)} channels) in micro-batch 0; with "
+                f"({visit.channels} channels) in micro-batch {position} but "
+                f"{first.arguments.layer} ({first.channels} channels) in micro-batch 0; with "
                 "batch_norm='exact' all micro-batches must make the same calls in the same order, "
                 "whatever their data: take the branch out of the model, or pass "
                 "batch_norm='micro_batch'"
@@ -362,9 +377,7 @@ class ExactBatchNorm:
         # A layer that is called several times: the call whose input was this one.
         call = min(
             calls,
-            key=lambda call: float(
-                (call.visits[member.position].moments.mean - moments.mean).norm()
-            ),
+            key=lambda call: _distance(call.visits[member.position].mean, moments.mean),
         )
         visit = call.visits[member.position]
         needs_graph = torch.is_grad_enabled() and (input.requires_grad or visit.is_tracked)
@@ -391,19 +404,22 @@ class ExactBatchNorm:
         assert member is not None
         return member
 
+    def _may_come_again(self) -> bool:
+        """Inside of a checkpoint, whose own hooks on saved tensors are above ours."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is None or hooks[0] != self._store.hold
+
     def _round(self) -> Iterable[Member[Any]]:
         self._rounds += 1
         return in_both_directions(self._rounds, self._lockstep.members)
 
-    def _keep(self, gradient: Tensor) -> Callable[[], Tensor]:
-        return self._store.hold(gradient).take
 
-    def _pack(self, tensor: Tensor) -> Held:
-        return self._store.hold(tensor)
+def _keep(store: HostStore, gradient: Tensor) -> Callable[[], Tensor]:
+    return store.hold(gradient).take
 
 
-def _unpack(held: Held) -> Tensor:
-    return held.take()
+def _distance(known: Tensor | None, mean: Tensor) -> float:
+    return math.inf if known is None else float((known - mean).norm())
 
 
 class BeginGraph(torch.autograd.Function):

@@ -32,8 +32,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(error: BaseException, device: torch.device) -> None:
-    """Lets go of what the failed computation held: the frames of its traceback, and cached blocks, which
-    may be too small for what comes, one by one."""
+    """Lets go of what the failed computation held: its traceback, and cached blocks, each of which may be
+    too small for what comes."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -42,6 +42,8 @@ def release(error: BaseException, device: torch.device) -> None:
             continue
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)
+        # A frame that is cleared still has its function, and that what it closes over.
+        one.__traceback__ = None
         pending += [one.__cause__, one.__context__]
     # Of what is young, as the failed graph is: a look at all objects takes a tenth of a second and more.
     gc.collect(1)

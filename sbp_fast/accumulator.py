@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
 from .memory.micro_batch_size import MicroBatchSize
 from .memory.peak import PeakMeter
+from .memory.step_budget import StepBudget
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
 from .passes.computation import Computation
@@ -57,7 +58,9 @@ class StreamedAccumulator:
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar; or None for a model that returns its own
             loss (itself, as ``.loss`` or under the key ``"loss"``).
         micro_batch_size: samples computed at once.
-        memory_budget: not available yet; see :func:`sbp_fast.memory.memory_budget`.
+        memory_budget: the most device memory that a step may take, parameters and optimizer state
+            included: ``"8GiB"`` or bytes; None for all that the device has. On the CPU the bytes of
+            tensors are counted, see :func:`sbp_fast.memory.memory_budget`; a few percent of the time.
         host_budget: the most host memory that may wait while other micro-batches compute, which only
             exact batch norm needs: ``"32GiB"`` or bytes; None for no bound.
         spill_directory: where memory-mapped files hold what is beyond ``host_budget``.
@@ -115,7 +118,7 @@ class StreamedAccumulator:
         options.check_optimizer(optimizer)
         options.check_loss_fn(loss_fn)
         options.check_grad_scaler(grad_scaler)
-        options.check_memory_budget(memory_budget)
+        self._memory_budget = options.check_memory_budget(memory_budget)
         options.check_choice("probe", probe)
         options.check_choice("batch_norm", batch_norm)
         options.check_choice("dropout", dropout)
@@ -182,7 +185,7 @@ class StreamedAccumulator:
                 add up as declared.
         """
         self._follow_changes()
-        with self._transaction as transaction:
+        with self._within_budget(), self._transaction as transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
             self._size.end_step()
@@ -211,7 +214,7 @@ class StreamedAccumulator:
         Takes and raises what :meth:`step` does.
         """
         self._follow_changes()
-        with self._transaction:
+        with self._within_budget(), self._transaction:
             large_batch = self._stream(inputs, targets)
             self._finalise(large_batch)
             self._size.end_step()
@@ -242,6 +245,9 @@ class StreamedAccumulator:
             options.autocast_context(self._autocast, device.type),
             self._contract.elementwise,
         )
+        self._budget = (
+            None if self._memory_budget is None else StepBudget(device, self._memory_budget)
+        )
         self._ring = PinnedRing(device) if device.type == "cuda" else None
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
@@ -255,6 +261,11 @@ class StreamedAccumulator:
                 if automatic and autograd_can_accumulate(parameter)
             ],
         )
+
+    def _within_budget(self) -> AbstractContextManager[None]:
+        if self._budget is None:
+            return nullcontext()
+        return self._budget.holding(self._modules, self._optimizer)
 
     def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""

@@ -80,12 +80,9 @@ def check_micro_batch_size(value: Any) -> int:
     return int(value)
 
 
-def check_memory_budget(value: Any) -> None:
-    if value is not None:
-        raise NotImplementedError(
-            f"memory_budget={value!r} is not available yet; pass micro_batch_size=an int that fits, and "
-            "use sbp_fast.memory.memory_budget(device, bytes) to enforce a bound"
-        )
+def check_memory_budget(value: Any) -> int | None:
+    """Bytes. Raises TypeError or ValueError for what is no size."""
+    return None if value is None else parse_bytes(value)
 
 
 def check_host_budget(value: Any) -> int | None:

@@ -114,11 +114,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         NotImplementedError,
         "micro_batch_size='auto' is not available yet; pass an int",
     ),
-    (
-        {"memory_budget": "8GiB"},
-        NotImplementedError,
-        "memory_budget='8GiB' is not available yet; pass micro_batch_size=an int",
-    ),
+    ({"memory_budget": "8 GoB"}, ValueError, "8 GoB"),
     (
         {"batch_norm": "frozen"},
         ValueError,

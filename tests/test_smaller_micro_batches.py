@@ -87,14 +87,15 @@ class TestUnderABudget:
 
     def test_where_not_even_one_sample_fits_nothing_changes(self) -> None:
         model = deep()
-        memory = memory_budget("cpu", peak_of(deep(), 1) * 3 // 4)
+        memory = memory_budget("cpu", peak_of(deep(), 1) // 2)
         memory.track(model.parameters())
         before = [parameter.clone() for parameter in model.parameters()]
+        inputs, targets = batch()
         with (
             pytest.raises(NothingSmallerError, match="with a single sample: out of memory"),
             memory,
         ):
-            accumulator_for(model, probe=False).step(*batch())
+            accumulator_for(model, probe=False).step(inputs, targets)
         for parameter, value in zip(model.parameters(), before, strict=True):
             assert torch.equal(parameter, value)
             assert parameter.grad is None

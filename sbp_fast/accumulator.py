@@ -13,6 +13,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
+from .activations import activations_of
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .first_look import Check, FirstLook
 from .forward import Forward
@@ -56,8 +57,8 @@ class StreamedAccumulator:
             loss (itself, as ``.loss`` or under the key ``"loss"``).
         micro_batch_size: samples computed at once.
         memory_budget: not available yet; see :func:`sbp_fast.memory.memory_budget`.
-        host_budget: the most host memory that may wait while other micro-batches compute, which only
-            exact batch norm needs: ``"32GiB"`` or bytes; None for no bound.
+        host_budget: the most host memory in which activations may wait, which exact batch norm and
+            ``activations="offload"`` need: ``"32GiB"`` or bytes; None for no bound.
         spill_directory: where memory-mapped files hold what is beyond ``host_budget``.
         normalization: how the loss averages. ``"auto"`` reads it off a torch loss; anything else is
             declared: ``"mean"`` (over samples), ``"tokens"`` (over targets that are not -100), ``"sum"``
@@ -75,7 +76,9 @@ class StreamedAccumulator:
             seed, so that they are the same for any split; ``"native"``: the model's own.
         cross_sample_loss: True: ``loss_fn`` is called once, with the outputs (and targets) of all micro-
             batches joined along the first dimension: for losses that compare samples.
-        activations: ``"keep"``: they live from forward to backward.
+        activations: ``"keep"``: they live from forward to backward. ``"recompute"``: the model's repeated
+            blocks keep their inputs alone and are computed again in backward; ``"offload"``: what the
+            backward pass needs waits in pinned host memory. The gradient is the same.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
@@ -130,6 +133,7 @@ class StreamedAccumulator:
         self._spill_directory = options.check_spill_directory(spill_directory, host_budget)
         self._cross_sample_loss = cross_sample_loss
         self._modules = modules_of(model, loss_fn)
+        self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
         self._micro_batch_size = options.check_micro_batch_size(micro_batch_size)
         self._contract = (
@@ -274,6 +278,11 @@ class StreamedAccumulator:
                 reseed=must_meet or self._cross_sample_loss,
                 backend=self._backend,
             ) as sampling,
+            self._activations.during(
+                self._device,
+                large_batch.meter.counter,
+                meets=has_batch_norm if must_meet else None,
+            ) as store,
         ):
             computation = Computation(
                 self._device, self._forward, large_batch, sampling, self._grad_scaler
@@ -294,12 +303,13 @@ class StreamedAccumulator:
                     cross_sample_loss=self._cross_sample_loss,
                     backend=self._backend,
                 )
-                large_batch.host_bytes = store.peak_host_bytes
-                large_batch.spilled_bytes = store.peak_file_bytes
             elif self._cross_sample_loss:
                 compute_twice(arrivals, computation, self._transaction.put_buffers_back)
             else:
                 compute_one_by_one(arrivals, computation)
+        if store is not None:
+            large_batch.host_bytes = store.peak_host_bytes
+            large_batch.spilled_bytes = store.peak_file_bytes
         return large_batch
 
     def _must_meet(self) -> bool:

@@ -157,6 +157,14 @@ class TestSameGradients:
             value = penalty(x)
         assert torch.equal(torch.autograd.grad(value, x)[0], expected)
 
+    def test_what_is_saved_in_a_backward_pass_stays(self) -> None:
+        store, held = make_store(), []
+        x = matrix().requires_grad_()
+        y = x * 2.0
+        y.register_hook(lambda _: held.append(store.hold(matrix())))
+        y.sum().backward()
+        assert [one.slot for one in held] == [None]
+
     def test_strides_and_offsets(self) -> None:
         store = make_store(LateLane)
         whole = torch.randn(4, ROWS, WIDTH)

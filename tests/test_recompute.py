@@ -51,6 +51,21 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Careful(Net):
+    """Has checkpoints of its own."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
 def vectors() -> tuple[Tensor, Tensor]:
     return torch.randn(SAMPLES, WIDTH).double(), torch.randint(CLASSES, (SAMPLES,))
 
@@ -202,15 +217,30 @@ class TestOnlyOnce:
         assert len(seen) == 3 * 3 * 3
 
     def test_models_that_have_checkpoints_of_their_own(self) -> None:
-        class Careful(Net):
-            def forward(self, x: Tensor) -> Tensor:
-                for block in self.blocks:
-                    x = checkpoint(block, x, use_reentrant=False)
-                return self.head(x)
-
-        model = Careful().double()
+        """Within torch's checkpoint another one costs no third time."""
+        model = Careful(use_reentrant=False).double()
         accumulator_for(model).backward(*vectors())
         assert [block.computed for block in model.blocks] == [2 * 3] * 3
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_and_have_their_gradients(self, use_reentrant: bool) -> None:
+        check_against_the_whole_batch(Careful(use_reentrant))
+
+    def test_blocks_in_which_micro_batches_wait_for_one_another(self) -> None:
+        """Between meeting points they would be computed again and again."""
+
+        class Normalised(Block):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = nn.BatchNorm1d(WIDTH)
+
+            def forward(self, x: Tensor) -> Any:
+                return self.norm(super().forward(x))
+
+        model = Net(Normalised)
+        model.blocks[1].norm.eval()
+        check_against_the_whole_batch(model)
+        assert [block.computed for block in model.blocks] == [2 * 3, 2 * 2 * 3, 2 * 3]
 
     def test_the_pass_without_gradients(self) -> None:
         """Of a loss over all samples: nothing is kept there, so nothing is computed again."""

@@ -95,7 +95,7 @@ class Recompute:
         with_buffers = [module for module in block.modules() if module._buffers]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or _inside_a_checkpoint():
+            if not torch.is_grad_enabled():
                 return native(*args, **kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
             buffers = BlockBuffers(with_buffers) if with_buffers else None
@@ -143,14 +143,6 @@ def _in_turn(steps: list[Function], input: Any) -> Any:
     for step in steps:
         input = step(input)
     return input
-
-
-def _inside_a_checkpoint() -> bool:
-    """The model's own, which computes all of it again anyway."""
-    if torch._C._current_graph_task_id() != -1:
-        return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
 def _copies(leaves: list[Any]) -> list[Any]:

@@ -112,6 +112,15 @@ def test_a_sequence_with_a_way_of_its_own_is_not_cut() -> None:
     assert find_blocks(model).whole == [model]
 
 
+def test_what_is_inside_of_compiled_code_is_out_of_reach() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model.compile(backend="eager")
+    for outer in (model, nn.ModuleDict({"inner": model})):
+        blocks = find_blocks(outer)
+        assert (list(blocks.whole), list(blocks.cut)) == ([], [])
+        assert blocks.compiled is not None
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_scripted_modules_are_no_blocks() -> None:
     scripted = [torch.jit.script(Layer()) for _ in range(2)]

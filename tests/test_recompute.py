@@ -135,6 +135,31 @@ class TestWhatBlocksAreGiven:
 
         check_against_the_whole_batch(Collecting(Adding))
 
+    def test_objects_that_a_block_adds_to(self) -> None:
+        """A cache, as Transformers hands it from block to block while it trains."""
+
+        class Cache:
+            def __init__(self) -> None:
+                self.seen: list[Tensor] = []
+                self.by_name: dict[str, Any] = {"self": self, "pair": (self.seen, nn.ReLU)}
+
+        class Remembering(Block):
+            def forward(self, x: Tensor, cache: Cache) -> Tensor:
+                x = super().forward(x)
+                assert cache.by_name["self"] is cache
+                cache.by_name["pair"][0].append(x)
+                return x + torch.tanh(torch.stack(cache.seen).sum(0))
+
+        class Caching(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                cache = Cache()
+                for block in self.blocks:
+                    x = block(x, cache)
+                assert len(cache.seen) == len(self.blocks)
+                return self.head(x)
+
+        check_against_the_whole_batch(Caching(Remembering))
+
     def test_a_block_that_is_called_several_times(self) -> None:
         class Repeating(Net):
             def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,6 @@ def find_blocks(model: nn.Module) -> Blocks:
     "Training Deep Nets with Sublinear Memory Cost"); where there is none, the model is one block.
     """
     compiled = _compiled_name(model)
-    if is_compiled(model):
-        return Blocks([], [], compiled)
     total = _layers(model)
     level = best = _repeated(model)
     while level:
@@ -68,14 +66,13 @@ def find_blocks(model: nn.Module) -> Blocks:
         return Blocks(best, [], compiled)
     sequences = [
         module
-        for module in modules_below([model])
-        if _goes_as(module, nn.Sequential) and len(module._modules) > 2
+        for module in _within_reach(model)
+        if isinstance(module, nn.Sequential) and _goes_as(module, nn.Sequential)
     ]
-    if sequences:
-        longest = max(sequences, key=lambda sequence: len(sequence._modules))
-        assert isinstance(longest, nn.Sequential)
+    longest = max(sequences, key=len, default=None)
+    if longest is not None and len(longest) > 2:
         return Blocks([], [(longest, _pieces(longest))], compiled)
-    return Blocks([model], [], compiled)
+    return Blocks([] if compiled else [model], [], compiled)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -100,6 +97,15 @@ def _repeated(root: nn.Module) -> list[nn.Module]:
     if any(count > 1 for count in kinds.values()):
         return family
     return list(dict.fromkeys(block for child in family for block in _repeated(child)))
+
+
+def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
+    """It and all below, but for what is inside of compiled or scripted code."""
+    if not is_compiled(module) and not isinstance(module, _OPAQUE):
+        yield module
+        for child in module._modules.values():
+            if child is not None:
+                yield from _within_reach(child)
 
 
 def _family(module: nn.Module) -> list[nn.Module]:

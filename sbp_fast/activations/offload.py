@@ -66,7 +66,9 @@ class Offload:
             return
         lane = None
         if device.type == "cuda":
-            lane = self._lanes.setdefault(device, Lane(device))
+            lane = self._lanes.get(device)
+            if lane is None:
+                lane = self._lanes[device] = Lane(device)
         store = OffloadStore(device, self._budget, counter, lane)
         for module in self._modules:
             store.leave_alone((*module.parameters(), *module.buffers()))

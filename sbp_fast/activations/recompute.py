@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ..memory import LiveBytes
 from ..memory.host_store import HostStore
+from .arguments import as_now
 from .block_buffers import BlockBuffers
 from .blocks import find_blocks
 
@@ -85,9 +86,9 @@ class Recompute:
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{error}\nactivations='recompute' computes each block of the model twice, and the "
-                    "second time was not like the first; random numbers that are not torch's, and "
-                    "attributes that forward changes, must be the same both times. Pass "
-                    "activations='offload' or 'keep' where they cannot be"
+                    "second time was not like the first: because of random numbers that are not torch's, "
+                    "say, or of what forward keeps in attributes. Where that cannot be changed, pass "
+                    "activations='offload' or 'keep'"
                 ) from error
 
     def _twice(self, block: nn.Module, native: Function) -> Function:
@@ -106,7 +107,8 @@ class Recompute:
                 if given:
                     first_args, first_kwargs = given.pop()
                     return native(*first_args, **first_kwargs)
-                again_args, again_kwargs = pytree.tree_unflatten(leaves, structure)
+                again = [as_now(leaf) for leaf in leaves]
+                again_args, again_kwargs = pytree.tree_unflatten(again, structure)
                 with ExitStack() as stack:
                     if buffers is not None:
                         stack.enter_context(buffers.for_a_while())
@@ -116,7 +118,7 @@ class Recompute:
             # seen when it is called for the first time.
             versions = [_version(leaf) for leaf in leaves]
             kept = leaves if self._writes.get(block) is False else _copies(leaves)
-            outputs = checkpoint(run, *kept, use_reentrant=False)
+            outputs = checkpoint(run, *map(as_now, kept), use_reentrant=False)
             if block not in self._writes:
                 self._writes[block] = versions != [_version(leaf) for leaf in leaves]
             return outputs

@@ -20,6 +20,7 @@ from zoo import (
     from_transformers,
     language,
     norm_graphs,
+    norm_layers,
 )
 from zoo.case import Builder, Case
 
@@ -35,7 +36,9 @@ BATCH_NORM = [
     convolutional.dense_net,
     norm_graphs.pre_activation,
     norm_graphs.cumulative_used_twice,
-    norm_graphs.checkpointed,
+    # In a row of layers, and by a function that no layer gives away.
+    norm_layers.vectors,
+    norm_layers.functional_call,
 ]
 
 
@@ -63,7 +66,13 @@ def check_as_kept(build: Builder, activations: str, **options: Any) -> None:
 
 
 @WAYS
-@every(*BATCH_NORM, from_transformers.vit, from_transformers.swin, language.gpt)
+@every(
+    *BATCH_NORM,
+    norm_graphs.checkpointed,
+    from_transformers.vit,
+    from_transformers.swin,
+    language.gpt,
+)
 def test_against_the_whole_batch(build: Builder, activations: str) -> None:
     check_same_step(build, torch.float64, UNEVEN, activations=activations)
 
@@ -77,7 +86,8 @@ def test_in_single(build: Builder, activations: str) -> None:
 @WAYS
 @every(*BATCH_NORM, norm_graphs.used_twice)
 def test_batch_norm_of_micro_batches(build: Builder, activations: str) -> None:
-    """torch's own layers count what they see: what is computed again must not count again."""
+    """torch's own layers count what they see: what is computed again must not count again. (In a
+    checkpoint of the model's own it does, when activations are kept.)"""
     check_as_kept(build, activations, batch_norm="micro_batch")
 
 

@@ -96,6 +96,22 @@ def test_a_row_of_single_layers_falls_into_pieces() -> None:
     assert [layer for piece in pieces for layer in piece] == list(sequence) == layers
 
 
+def test_long_rows_side_by_side_fall_into_pieces() -> None:
+    """An encoder and a decoder, say."""
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(*(nn.Linear(4, 4) for _ in range(16))),
+            "decoder": nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))),
+        }
+    )
+    blocks = find_blocks(model)
+    assert blocks.whole == []
+    assert {sequence: [len(piece) for piece in pieces] for sequence, pieces in blocks.cut} == {
+        model["encoder"]: [4, 4, 4, 4],
+        model["decoder"]: [4, 4, 4],
+    }
+
+
 def test_a_single_layer_is_one_block() -> None:
     model = nn.Linear(4, 4)
     assert find_blocks(model).whole == [model]

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -40,9 +41,10 @@ def find_blocks(model: nn.Module) -> Blocks:
 
     Where blocks consist of repeated blocks themselves (stages of layers), the level is taken at which
     the number of blocks and the layers of the largest, together with those that are in no block, are
-    fewest: as if every layer kept as much as a block's input. Where nothing repeats, the longest plain
-    ``nn.Sequential`` falls into about as many pieces as each then has layers (Chen et al. 2016,
-    "Training Deep Nets with Sublinear Memory Cost"); where there is none, the model is one block.
+    fewest: as if every layer kept as much as a block's input. By the same measure, plain rows of layers
+    fall into about as many pieces as each then has layers (Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost"). Where nothing repeats, the longest row is all there is, or else the model
+    is one block.
     """
     compiled = _compiled_name(model)
     total = _layers(model)
@@ -62,17 +64,27 @@ def find_blocks(model: nn.Module) -> Blocks:
         if _cost(finer, total) < _cost(best, total):
             best = finer
         level = finer
-    if best:
-        return Blocks(best, [], compiled)
-    sequences = [
-        module
-        for module in _within_reach(model)
-        if isinstance(module, nn.Sequential) and _goes_as(module, nn.Sequential)
-    ]
-    longest = max(sequences, key=len, default=None)
-    if longest is not None and len(longest) > 2:
-        return Blocks([], [(longest, _pieces(longest))], compiled)
-    return Blocks([] if compiled else [model], [], compiled)
+    if not best:
+        rows = [module for module in _within_reach(model) if _is_row(module)]
+        best = [max(rows, key=_layers)] if rows else [] if compiled else [model]
+    return _with_rows_cut(best, total, compiled)
+
+
+def _with_rows_cut(blocks: list[nn.Module], total: int, compiled: str | None) -> Blocks:
+    """Cuts the largest, as long as that leaves less to be kept."""
+    whole = list(blocks)
+    cut: dict[nn.Sequential, Sequence[nn.Sequential]] = {}
+    while whole:
+        largest = max(whole, key=_layers)
+        if not isinstance(largest, nn.Sequential) or not _is_row(largest):
+            break
+        pieces = _pieces(largest)
+        others = [*(block for block in whole if block is not largest), *chain(*cut.values())]
+        if _cost([*others, *pieces], total) >= _cost([*others, largest], total):
+            break
+        whole.remove(largest)
+        cut[largest] = pieces
+    return Blocks(whole, list(cut.items()), compiled)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -122,6 +134,10 @@ def _family(module: nn.Module) -> list[nn.Module]:
 def _goes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether its forward is that of ``kind``; ``nn.Module`` itself has none."""
     return not isinstance(module, _OPAQUE) and type(module).forward is kind.forward
+
+
+def _is_row(module: nn.Module) -> bool:
+    return _goes_as(module, nn.Sequential)
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Recompute:
             torch.utils.checkpoint.CheckpointError: a block computed something else the second time.
         """
         blocks = find_blocks(self._model)
-        if blocks.compiled is not None and not blocks.whole:
+        if blocks.compiled is not None and not (blocks.whole or blocks.cut):
             warnings.warn(
                 f"activations='recompute' does nothing inside of compiled code ({blocks.compiled}); "
                 "compile the blocks of the model instead (block.compile() for each), or pass "
@@ -71,13 +71,13 @@ class Recompute:
                 attribute = "forward"
                 if getattr(block, "_compiled_call_impl", None) is not None:
                     attribute = "_compiled_call_impl"
-                forward = self._twice(block, getattr(block, attribute))
+                forward = self._twice(block, getattr(block, attribute), known_by=block)
                 installed.enter_context(_replaced(block, attribute, forward))
             for sequence, pieces in blocks.cut:
                 steps = [
                     piece.forward
                     if meets is not None and meets([piece])
-                    else self._twice(piece, piece.forward)
+                    else self._twice(piece, piece.forward, known_by=piece[0])
                     for piece in pieces
                 ]
                 installed.enter_context(_replaced(sequence, "forward", partial(_in_turn, steps)))
@@ -91,10 +91,15 @@ class Recompute:
                     "activations='offload' or 'keep'"
                 ) from error
 
-    def _twice(self, block: nn.Module, native: Function) -> Function:
-        """The block's forward, kept as its inputs alone."""
+    def _twice(self, block: nn.Module, native: Function, known_by: nn.Module) -> Function:
+        """The block's forward, kept as its inputs alone.
+
+        Args:
+            known_by: a module of the model's that stands for the block from step to step.
+        """
         with_buffers = [module for module in block.modules() if module._buffers]
 
+        @wraps(native)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return native(*args, **kwargs)
@@ -117,10 +122,10 @@ class Recompute:
             # A block that changes its inputs is computed again from copies of them. Whether it does is
             # seen when it is called for the first time.
             versions = [_version(leaf) for leaf in leaves]
-            kept = leaves if self._writes.get(block) is False else _copies(leaves)
+            kept = leaves if self._writes.get(known_by) is False else _copies(leaves)
             outputs = checkpoint(run, *map(as_now, kept), use_reentrant=False)
-            if block not in self._writes:
-                self._writes[block] = versions != [_version(leaf) for leaf in leaves]
+            if known_by not in self._writes:
+                self._writes[known_by] = versions != [_version(leaf) for leaf in leaves]
             return outputs
 
         return forward

@@ -77,7 +77,7 @@ FULL = Plan(
     ],
     exact_sizes=[StepSize(64, 64, micro_batch) for micro_batch in (4, 8, 16)],
     exact_rounds=7,
-    policy_sizes=[StepSize(64, 32, 16)],
+    policy_sizes=[StepSize(64, 64, 32)],
     policy_rounds=7,
 )
 QUICK = Plan(

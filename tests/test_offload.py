@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tolerances
 import torch
 from reference.full_batch import assert_gradients_match, gradients_of
 from torch import Tensor, nn
@@ -351,6 +352,15 @@ class TestSteps:
             for activations in ("keep", "offload")
         ]
         assert waiting[0] == waiting[1] > 0
+
+    def test_a_compiled_model(self) -> None:
+        model, inputs = Net(2), torch.randn(2 * ROWS, WIDTH)
+        self.accumulator(model, activations="keep").backward(inputs, inputs)
+        expected = gradients_of(model)
+        compiled = torch.compile(model, backend="aot_eager")
+        result = self.accumulator(compiled).backward(inputs, inputs)  # type: ignore[arg-type]
+        assert result.host_bytes > 0
+        assert_gradients_match(gradients_of(model), expected, tolerances.STEP[torch.float32])
 
     def test_an_exception(self) -> None:
         class Raising(Net):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from collections.abc import Callable
@@ -394,6 +395,32 @@ class TestMemory:
         assert keep - 2 * parameters > 5 * (offload - 2 * parameters)
         # What has left the device is on the host.
         assert waiting > 0.8 * (keep - offload)
+
+    @pytest.mark.parametrize("activations", ["recompute", "offload"])
+    def test_a_step_that_runs_out_of_memory_leaves_nothing(self, activations: str) -> None:
+        model, inputs = deep(8), torch.randn(512, 64)
+        accumulator = StreamedAccumulator(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.01, foreach=False),
+            nn.MSELoss(),
+            micro_batch_size=256,
+            activations=activations,
+        )
+        with memory_budget("cpu", None) as free:
+            free.track(model.parameters())
+            accumulator.step(inputs, inputs)
+        state = State(model, accumulator._optimizer)
+        for share in (0.6, 0.95):  # in the forward pass, and in the backward pass
+            limited = LiveBytes(int(share * free.peak_bytes))
+            limited.track(model.parameters())
+            before = limited.live_bytes
+            with limited, pytest.raises(torch.OutOfMemoryError) as caught:
+                accumulator.step(inputs, inputs)
+            del caught
+            gc.collect()
+            assert limited.live_bytes == before
+            state.check()
+        assert not accumulator.step(inputs, inputs).skipped
 
     def test_recompute_is_near_its_lower_bound(self) -> None:
         model = deep()

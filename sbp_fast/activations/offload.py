@@ -83,9 +83,9 @@ class Offload:
 class Lane:
     """The side stream of one device, and the pinned memory at its other end. Kept from step to step."""
 
-    def __init__(self, device: torch.device, pool: PinnedPool | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = PinnedPool() if pool is None else pool
+        self.pool = PinnedPool()
         self._side = torch.cuda.Stream(device)
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:

@@ -99,7 +99,7 @@ class Recompute:
         """
         with_buffers = [module for module in block.modules() if module._buffers]
 
-        @wraps(native)
+        @wraps(native, updated=())
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return native(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Where tensors wait in host memory while other micro-batches have the device.
+"""Where tensors wait in host memory: while others have the device, or for their backward pass.
 
 The unit is a storage, so that what is saved twice waits once. A storage keeps its place in every tensor
 that views it; only its contents go to host memory and come back. On the CPU, where the device's memory

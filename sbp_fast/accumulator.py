@@ -13,6 +13,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
+from .activations import activations_of
 from .batches import MicroBatch, PyTree, is_stream, split, split_stream
 from .buffers import Buffers
 from .first_look import Check, FirstLook
@@ -35,7 +36,7 @@ from .parameters import Parameters, find_parameters, modules_of, names_of
 from .passes.computation import Computation
 from .passes.one_by_one import compute_one_by_one
 from .passes.twice import compute_twice
-from .passes.until_it_fits import Compute, compute_until_it_fits
+from .passes.until_it_fits import compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .streaming import PinnedRing, stream_to
@@ -61,8 +62,8 @@ class StreamedAccumulator:
         memory_budget: the most device memory that a step may take, parameters and optimizer state
             included: ``"8GiB"`` or bytes; None for all that the device has. On the CPU the bytes of
             tensors are counted, see :func:`sbp_fast.memory.memory_budget`; a few percent of the time.
-        host_budget: the most host memory that may wait while other micro-batches compute, which only
-            exact batch norm needs: ``"32GiB"`` or bytes; None for no bound.
+        host_budget: the most host memory in which activations may wait, which exact batch norm and
+            ``activations="offload"`` need: ``"32GiB"`` or bytes; None for no bound.
         spill_directory: where memory-mapped files hold what is beyond ``host_budget``.
         normalization: how the loss averages. ``"auto"`` reads it off a torch loss; anything else is
             declared: ``"mean"`` (over samples), ``"tokens"`` (over targets that are not -100), ``"sum"``
@@ -80,7 +81,9 @@ class StreamedAccumulator:
             seed, so that they are the same for any split; ``"native"``: the model's own.
         cross_sample_loss: True: ``loss_fn`` is called once, with the outputs (and targets) of all micro-
             batches joined along the first dimension: for losses that compare samples.
-        activations: ``"keep"``: they live from forward to backward.
+        activations: ``"keep"``: they live from forward to backward. ``"recompute"``: the model's repeated
+            blocks keep their inputs alone and are computed again in backward; ``"offload"``: what the
+            backward pass needs waits in pinned host memory. The gradient is the same.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
@@ -135,6 +138,7 @@ class StreamedAccumulator:
         self._spill_directory = options.check_spill_directory(spill_directory, host_budget)
         self._cross_sample_loss = cross_sample_loss
         self._modules = modules_of(model, loss_fn)
+        self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
         self._size = MicroBatchSize(options.check_micro_batch_size(micro_batch_size))
         self._contract = (
@@ -286,6 +290,9 @@ class StreamedAccumulator:
                 reseed=all_at_once,
                 backend=self._backend,
             ) as sampling,
+            self._activations.during(
+                self._device, meter.counter, meets=has_batch_norm if must_meet else None
+            ) as store,
         ):
 
             def start_over() -> None:
@@ -299,27 +306,31 @@ class StreamedAccumulator:
                     self._device, self._forward, large_batch, sampling, self._grad_scaler
                 )
 
-            if not all_at_once:
-                computation = begin()
-                compute_one_by_one(arrivals, computation, self._size, self._buffers)
-                return computation.large_batch
             if must_meet:
                 if self._waiting is not None and isinstance(micro_batches, list):
-                    store = self._host_store(meter)
-                    self._waiting.check(micro_batches, self._forward, self._modules, store)
-                compute: Compute = self._compute_together
-            else:
+                    self._waiting.check(
+                        micro_batches, self._forward, self._modules, self._host_store(meter)
+                    )
+                computation = compute_until_it_fits(
+                    arrivals, begin, self._compute_together, start_over, self._size
+                )
+            elif self._cross_sample_loss:
                 compute = partial(compute_twice, buffers=self._transaction.buffers)
-            return compute_until_it_fits(
-                arrivals, begin, compute, start_over, self._size
-            ).large_batch
+                computation = compute_until_it_fits(
+                    arrivals, begin, compute, start_over, self._size
+                )
+            else:
+                computation = begin()
+                compute_one_by_one(arrivals, computation, self._size, self._buffers)
+        if store is not None:
+            computation.large_batch.note_waiting(store)
+        return computation.large_batch
 
     def _compute_together(self, arriving: Iterable[MicroBatch], computation: Computation) -> None:
         # Here, since nothing else needs greenlet, which a machine without network may lack.
         from .passes.together import compute_together
 
-        large_batch = computation.large_batch
-        store = self._host_store(large_batch.meter)
+        store = self._host_store(computation.large_batch.meter)
         compute_together(
             arriving,
             computation,
@@ -329,8 +340,7 @@ class StreamedAccumulator:
             cross_sample_loss=self._cross_sample_loss,
             backend=self._backend,
         )
-        large_batch.host_bytes = store.peak_host_bytes
-        large_batch.spilled_bytes = store.peak_file_bytes
+        computation.large_batch.note_waiting(store)
 
     def _must_meet(self) -> bool:
         """Whether there are statistics to be computed from all micro-batches."""

@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from .gradients import Accumulators
 from .loss import Shares, Weight
+from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .result import StepResult
 
@@ -45,6 +46,11 @@ class LargeBatch:
         """As many have been computed at once."""
         self.micro_batches += 1
         self.micro_batch_size = max(self.micro_batch_size, samples)
+
+    def note_waiting(self, store: HostStore) -> None:
+        """What waited there at most."""
+        self.host_bytes = store.peak_host_bytes
+        self.spilled_bytes = store.peak_file_bytes
 
     def close(self, grad_scaler: GradScaler | None) -> Weight:
         """Normalises what was summed; returns what the accumulators are still to be multiplied with."""

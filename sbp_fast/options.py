@@ -29,17 +29,13 @@ Normalization = str | Callable[[PyTree], "float | Tensor"]
 # Options whose other values belong to the contract but are not there yet: what works instead.
 _NOT_YET: dict[str, dict[Any, str]] = {
     "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
-    "activations": {
-        "recompute": "activations='keep', with torch.utils.checkpoint inside the model",
-        "offload": "activations='keep', under torch.autograd.graph.save_on_cpu",
-        "auto": "activations='keep'",
-    },
+    "activations": {"auto": "activations='keep', 'recompute' or 'offload'"},
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "batch_norm": ("exact", "micro_batch"),
     "dropout": ("per_sample", "native"),
     "cross_sample_loss": (False, True),
-    "activations": ("keep",),
+    "activations": ("keep", "recompute", "offload"),
     "probe": (True, False),
     "backend": BACKENDS,
 }

@@ -21,9 +21,9 @@ class StepResult:
         peak_bytes: the most device memory allocated at once during the step, in bytes. On CUDA the
             allocator's figure (its peak is reset when a step begins). On the CPU, where nothing counts
             by itself, the figure of an enclosing :func:`sbp_fast.memory.memory_budget`, else None.
-        host_bytes: the most host memory that waited at once for its micro-batch's turn, in bytes: what
-            exact batch norm keeps of the others while one computes. None of it is in ``peak_bytes``, on
-            the CPU either. 0 where no micro-batch waits.
+        host_bytes: the most host memory in which activations waited at once, in bytes: what exact batch
+            norm keeps of the other micro-batches while one computes, or what ``activations="offload"``
+            sends there. None of it is in ``peak_bytes``, on the CPU either. 0 where nothing waits.
         spilled_bytes: the same for what waited in files, beyond ``host_budget``.
         noise_scale: None; the gradient noise scale is not available yet.
         skipped: True where the loss or the gradient was not finite, so that no update was made.

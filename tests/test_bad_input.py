@@ -127,19 +127,9 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "cross_sample_loss is 'yes'; it must be one of False, True",
     ),
     (
-        {"activations": "recompute"},
-        NotImplementedError,
-        "activations='recompute' is not available yet; pass activations='keep'",
-    ),
-    (
-        {"activations": "offload"},
-        NotImplementedError,
-        "activations='offload' is not available yet; pass activations='keep'",
-    ),
-    (
         {"activations": "auto"},
         NotImplementedError,
-        "activations='auto' is not available yet; pass activations='keep'",
+        "activations='auto' is not available yet; pass activations='keep', 'recompute' or 'offload'",
     ),
     ({"probe": "once"}, ValueError, "probe is 'once'; it must be one of True, False"),
     ({"activations": "drop"}, ValueError, "activations is 'drop'; it must be one of 'keep'"),

@@ -13,6 +13,7 @@ import torch
 
 from sbp_fast import ops
 from sbp_fast.bench import (
+    activation_policies,
     batch_norm,
     cli,
     dropout,
@@ -25,7 +26,7 @@ from sbp_fast.bench import (
     step,
 )
 from sbp_fast.bench.case import Case, Contender
-from sbp_fast.bench.models import resnet18, resnet50
+from sbp_fast.bench.models import UNet, resnet18, resnet50
 from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, write_csv
 from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.step import StepSize
@@ -44,7 +45,16 @@ TINY_PLAN = cli.Plan(
     sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     exact_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     exact_rounds=2,
+    policy_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
+    policy_rounds=2,
 )
+
+
+@pytest.fixture
+def _one_network(monkeypatch) -> None:
+    """Of those whose activations are recomputed and offloaded; all of it is small."""
+    monkeypatch.setattr(activation_policies, "networks", lambda: ["U-Net"])
+    monkeypatch.setattr("sbp_fast.activations.offload._SMALLEST_BYTES", 64)
 
 
 class FakeClock:
@@ -320,6 +330,30 @@ def test_resnet50_has_its_parameters_and_norms():
     assert resnet50(width=4)(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
+def test_unet_has_its_parameters_and_logits() -> None:
+    parameters = sum(parameter.numel() for parameter in UNet(classes=2).parameters())
+    assert parameters == 31_037_698
+    assert UNet(width=2)(torch.randn(1, 3, 32, 48)).shape == (1, 10, 32, 48)
+
+
+def test_all_policies_leave_the_same_parameters() -> None:
+    size, results = StepSize(pixels=16, batch=4, micro_batch=2), {}
+    for name, make in activation_policies._CONTENDERS.items():
+        model, inputs, targets = activation_policies._problem("U-Net", size, CPU, width=4)
+        make(model, inputs, targets, size.micro_batch)(0)
+        results[name] = torch.cat([parameter.flatten() for parameter in model.parameters()])
+    for name, parameters in results.items():
+        torch.testing.assert_close(parameters, results[step.PLAIN], msg=name)
+
+
+def test_all_networks_have_a_problem() -> None:
+    size = StepSize(pixels=32, batch=3, micro_batch=2)
+    for network in activation_policies.networks():
+        model, inputs, targets = activation_policies._problem(network, size, CPU, width=4)
+        assert torch.nn.functional.cross_entropy(model(inputs), targets).isfinite(), network
+        assert len(activation_policies.find_blocks(model).whole) >= 9, network
+
+
 def test_resnet18_has_its_parameters_and_logits():
     assert sum(parameter.numel() for parameter in resnet18(classes=1000).parameters()) == 11_689_512
     assert resnet18(width=4)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
@@ -395,6 +429,7 @@ def test_there_is_a_ceiling_for_every_kernel(monkeypatch, native):
 # The whole
 
 
+@pytest.mark.usefixtures("_one_network")
 def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "resnet50_shapes", lambda: SHAPES)
     monkeypatch.setattr(kernels, "_OVERHEAD_CALLS", 1)
@@ -412,7 +447,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
-        "batch norm", "dropout", "exact",
+        "batch norm", "dropout", "exact", "activations",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:
@@ -425,6 +460,11 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     assert int(memory[0]["host_bytes"]) > 0
     assert int(memory[1]["host_bytes"]) == 0
     assert float(memory[0]["device_ratio"]) < 1.5
+    with (tmp_path / "activations_memory.csv").open() as file:
+        memory = list(csv.DictReader(file))
+    for row in memory:
+        assert (int(row["host_bytes"]) > 0) == ("offload" in row["contender"])
+        assert float(row["device_ratio"]) < 1.05 or "save_on_cpu" in row["contender"]
     printed = capsys.readouterr().out
     assert "step: at most 1.02 times the plain loop" in printed
     assert "step: at most" in (tmp_path / "step_goals.txt").read_text()
@@ -432,6 +472,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert "step: at most" not in (tmp_path / "kernels_goals.txt").read_text()
 
 
+@pytest.mark.usefixtures("_one_network")
 @pytest.mark.parametrize("subject", cli.SUBJECTS)
 def test_one_subject_leaves_the_files_of_the_other_alone(tmp_path, monkeypatch, subject):
     monkeypatch.setattr(cli, "resnet50_shapes", lambda: SHAPES)

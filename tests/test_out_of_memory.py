@@ -66,6 +66,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], dict[str,
     "dropout": (with_dropout, functional.cross_entropy, {}),
     "cross_sample": (Tied, contrastive, {"cross_sample_loss": True}),
     "cross_sample_batch_norm": (with_batch_norm, contrastive, {"cross_sample_loss": True}),
+    "recompute": (with_dropout, functional.cross_entropy, {"activations": "recompute"}),
+    "offload": (Tied, functional.cross_entropy, {"activations": "offload"}),
     "own_kernels": (Tied, functional.cross_entropy, {"backend": "reference"}),
 }
 STREAMED = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])

@@ -10,15 +10,26 @@ from pathlib import Path
 import torch
 
 from ..memory import keep_freed_pages
-from . import batch_norm, dropout, environment, exact, goals, kernels, plots, step
+from . import (
+    activation_policies,
+    batch_norm,
+    dropout,
+    environment,
+    exact,
+    goals,
+    kernels,
+    plots,
+    step,
+)
 from .activations import Activation
 from .case import Case
+from .memory import memory_table, write_memory
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
 from .timing import stopwatch_for
 
-SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact")
+SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations")
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Plan:
         sizes: of the steps.
         exact_sizes: of the steps with exact batch norm.
         exact_rounds: measurements of each of those.
+        policy_sizes: of the steps in which activations are kept, recomputed and offloaded.
+        policy_rounds: measurements of each of those.
     """
 
     networks: int
@@ -43,6 +56,8 @@ class Plan:
     sizes: Sequence[StepSize]
     exact_sizes: Sequence[StepSize]
     exact_rounds: int
+    policy_sizes: Sequence[StepSize]
+    policy_rounds: int
 
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -62,6 +77,8 @@ FULL = Plan(
     ],
     exact_sizes=[StepSize(64, 64, micro_batch) for micro_batch in (4, 8, 16)],
     exact_rounds=7,
+    policy_sizes=[StepSize(64, 64, 32)],
+    policy_rounds=7,
 )
 QUICK = Plan(
     networks=1,
@@ -72,12 +89,14 @@ QUICK = Plan(
     sizes=[StepSize(32, 16, micro_batch) for micro_batch in (1, 4, 16)],
     exact_sizes=[StepSize(64, 16, 8)],
     exact_rounds=3,
+    policy_sizes=[StepSize(32, 8, 4)],
+    policy_rounds=3,
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
-_HOST_COUNTS = ("overhead", "step", "exact")
+_HOST_COUNTS = ("overhead", "step", "exact", "activations")
 
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
@@ -155,16 +174,19 @@ def bench(
     if "step" in subjects:
         makers = step.cases(plan.sizes, device, step_width)
         rows += _measure("step", makers, plan.step_rounds, device, output)
-    if "exact" in subjects:
-        makers = exact.cases(plan.exact_sizes, device, step_width)
-        rows += _measure("exact", makers, plan.exact_rounds, device, output)
-        memory = [
-            row
-            for size in plan.exact_sizes
-            for row in exact.measure_memory(size, device, step_width)
-        ]
-        print(f"\n{exact.memory_table(memory)}")
-        exact.write_memory(output / "exact_memory.csv", memory)
+    for subject, steps, sizes, rounds in (
+        ("exact", exact, plan.exact_sizes, plan.exact_rounds),
+        ("activations", activation_policies, plan.policy_sizes, plan.policy_rounds),
+    ):
+        if subject in subjects:
+            rows += _measure(
+                subject, steps.cases(sizes, device, step_width), rounds, device, output
+            )
+            memory = [
+                row for size in sizes for row in steps.measure_memory(size, device, step_width)
+            ]
+            print(f"\n{memory_table(memory)}")
+            write_memory(output / f"{subject}_memory.csv", memory)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
@@ -190,7 +212,8 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    draw = {"exact": None, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
+    without_plot = {"exact": None, "activations": None}
+    draw = {**without_plot, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
     if draw is None:
         return rows
     try:

@@ -6,34 +6,18 @@ The plain loop normalises each micro-batch by itself. It is cheaper, and compute
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..memory import format_bytes, memory_budget
-from ..report.table import format_table
 from .case import Case, Contender
+from .memory import Memory, peak_of
 from .models import resnet50
 from .step import PLAIN, StepSize, make_accumulator, plain_step
-from .timing import Call
 
 EXACT = "batch_norm='exact'"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What one step needs, in bytes; ``device_ratio`` is over the plain loop's."""
-
-    case: str
-    contender: str
-    device_bytes: int
-    device_ratio: float
-    host_bytes: int
 
 
 def cases(sizes: Sequence[StepSize], device: torch.device, width: int) -> list[Callable[[], Case]]:
@@ -65,7 +49,7 @@ def name_of(size: StepSize) -> str:
 def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Memory]:
     """The peaks of a second step, when all that is kept between steps is there."""
     model, inputs, targets = _problem(size, device, width)
-    plain = _peak_of(model, plain_step(model, inputs, targets, size.micro_batch), device)
+    plain = peak_of(model, plain_step(model, inputs, targets, size.micro_batch), device)
     model = _problem(size, device, width)[0]
     accumulator = make_accumulator(model, size.micro_batch, "exact")
     waiting = 0
@@ -74,34 +58,11 @@ def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Mem
         nonlocal waiting
         waiting = accumulator.step(inputs, targets).host_bytes
 
-    exact = _peak_of(model, step, device)
+    exact = peak_of(model, step, device)
     return [
         Memory(name_of(size), EXACT, exact, exact / plain, waiting),
         Memory(name_of(size), PLAIN, plain, 1.0, 0),
     ]
-
-
-def memory_table(rows: Sequence[Memory]) -> str:
-    return format_table(
-        ("case", "contender", "device peak", "over the plain loop's", "waits on the host"),
-        [
-            (
-                row.case,
-                row.contender,
-                format_bytes(row.device_bytes),
-                f"{row.device_ratio:.3f}",
-                format_bytes(row.host_bytes),
-            )
-            for row in rows
-        ],
-    )
-
-
-def write_memory(path: Path, rows: Sequence[Memory]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Memory)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def _problem(size: StepSize, device: torch.device, width: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -109,12 +70,3 @@ def _problem(size: StepSize, device: torch.device, width: int) -> tuple[nn.Modul
     model = resnet50(width).to(device)
     inputs = torch.randn(size.batch, 3, size.pixels, size.pixels, device=device)
     return model, inputs, torch.randint(0, 10, (size.batch,), device=device)
-
-
-def _peak_of(model: nn.Module, step: Call, device: torch.device) -> int:
-    with memory_budget(device, None) as memory:
-        memory.track(model.parameters())
-        step(0)
-        memory.reset_peak()
-        step(1)
-        return memory.peak_bytes

@@ -90,7 +90,9 @@ def streamed_step(model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch
     return lambda _: accumulator.step(inputs, targets)
 
 
-def make_accumulator(model: nn.Module, micro_batch: int, batch_norm: str) -> StreamedAccumulator:
+def make_accumulator(
+    model: nn.Module, micro_batch: int, batch_norm: str, activations: str = "keep"
+) -> StreamedAccumulator:
     with warnings.catch_warnings():
         # "micro_batch" depends on the micro-batch, as the plain loop does.
         warnings.simplefilter("ignore", UserWarning)
@@ -100,6 +102,7 @@ def make_accumulator(model: nn.Module, micro_batch: int, batch_norm: str) -> Str
             nn.CrossEntropyLoss(),
             micro_batch_size=micro_batch,
             batch_norm=batch_norm,
+            activations=activations,
         )
 
 

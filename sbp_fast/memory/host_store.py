@@ -1,4 +1,4 @@
-"""Where tensors wait in host memory while other micro-batches have the device.
+"""Where tensors wait in host memory: while others have the device, or for their backward pass.
 
 The unit is a storage, so that what is saved twice waits once. A storage keeps its place in every tensor
 that views it; only its contents go to host memory and come back. On the CPU, where the device's memory
@@ -23,7 +23,7 @@ from .budget import format_bytes
 from .live_bytes import LiveBytes
 
 # Used there, waiting there, in host memory, in a file.
-_DEVICE, _ROOM, _HOST, _FILE = "device", "room", "host", "file"
+DEVICE, ROOM, HOST, FILE = "device", "room", "host", "file"
 
 
 class HostBudgetError(RuntimeError):
@@ -39,6 +39,7 @@ class HostStore:
         spill_directory: where files hold what is beyond the budget; None for nowhere.
         counter: the count of device memory on the CPU, where there is one.
         device_room: bytes that may wait on the device itself.
+        smallest: bytes of a storage below which it is not worth the way.
 
     Attributes:
         host_bytes, file_bytes: what waits now.
@@ -52,14 +53,16 @@ class HostStore:
         spill_directory: Path | None = None,
         counter: LiveBytes | None = None,
         device_room: int = 0,
+        smallest: int = 0,
     ) -> None:
         self.device = device
         self._device_room = device_room
+        self._smallest = smallest
         self._budget = budget
         self._spill_directory = spill_directory
         self._counter = counter
-        self._slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
-        self._on_device: list[weakref.ref[_Slot]] = []
+        self._slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+        self._on_device: list[weakref.ref[Slot]] = []
         self._resident: set[int] = set()
         self._moves = False
         self.host_bytes = 0
@@ -85,37 +88,55 @@ class HostStore:
             return Held(tensor, None)
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._resident or not storage.resizable():
+        is_small = storage.nbytes() < self._smallest
+        if is_small or key in self._resident or not storage.resizable():
             return Held(tensor, None)
         slot = self._slots.get(key)
         if slot is None:
-            slot = _Slot(self, storage)
+            slot = self._new_slot(storage)
             self._slots[key] = slot
             self._on_device.append(weakref.ref(slot))
         return Held(tensor.detach(), slot)
+
+    def _new_slot(self, storage: torch.UntypedStorage) -> Slot:
+        return Slot(self, storage)
 
     def held_bytes(self) -> int:
         """What is held in all, wherever it is."""
         return sum(slot.nbytes for slot in self._slots.values())
 
-    def send_away(self) -> list[_Slot]:
+    def send_away(self) -> list[Slot]:
         """Everything held goes to the host. Returns what others hold as well (variables of a suspended
         function, say) and would miss: :meth:`bring_back` those before they go on."""
         on_device, self._on_device = self._on_device, []
         shared = []
         for reference in on_device:
             slot = reference()
-            if slot is not None and slot.place is _DEVICE:
+            if slot is not None and slot.place is DEVICE:
                 if slot.nbytes <= self._device_room:
                     self._device_room -= slot.nbytes
-                    slot.place = _ROOM
+                    slot.place = ROOM
                     continue
                 if slot.is_shared():
                     shared.append(slot)
                 self._send(slot)
         return shared
 
-    def bring_back(self, slots: Iterable[_Slot]) -> None:
+    def send_unshared(self) -> None:
+        """What nobody else holds any more goes to the host, as far as the budget allows."""
+        remaining = []
+        for reference in self._on_device:
+            slot = reference()
+            if slot is None or slot.place is not DEVICE:
+                continue
+            room = self._budget is None or self.host_bytes + slot.nbytes <= self._budget
+            if room and not slot.is_shared():
+                self._send(slot)
+            else:
+                remaining.append(reference)
+        self._on_device = remaining
+
+    def bring_back(self, slots: Iterable[Slot]) -> None:
         for slot in slots:
             if slot.is_away():
                 self._bring(slot)
@@ -135,7 +156,7 @@ class HostStore:
         if slot is not None and slot.is_away():
             self._bring(slot)
 
-    def _send(self, slot: _Slot) -> None:
+    def _send(self, slot: Slot) -> None:
         to_file = self._goes_to_file(slot.nbytes)
         if to_file or self.device.type != "cpu":
             contents = self._file(slot.nbytes) if to_file else self._pinned(slot.nbytes)
@@ -148,10 +169,10 @@ class HostStore:
             slot.storage.resize_(0)
         elif self._counter is not None:
             self._counter.set_aside(slot.storage)
-        slot.place = _FILE if to_file else _HOST
+        slot.place = FILE if to_file else HOST
         self._account(slot.place, slot.nbytes)
 
-    def _bring(self, slot: _Slot) -> None:
+    def _bring(self, slot: Slot) -> None:
         if slot.contents is not None:
             slot.storage.resize_(slot.nbytes)
             slot.storage.copy_(slot.contents, non_blocking=True)
@@ -159,8 +180,16 @@ class HostStore:
         if self._counter is not None:
             self._counter.take_back(slot.storage)
         self._account(slot.place, -slot.nbytes)
-        slot.place = _DEVICE
+        slot.place = DEVICE
         self._on_device.append(weakref.ref(slot))
+
+    def _forget(self, slot: Slot) -> None:
+        """Nobody wants the slot any more."""
+        if slot.contents is not None and slot.is_shared():
+            # A tensor that outlives the step, in an attribute of a module, say.
+            slot.storage.resize_(slot.nbytes)
+            slot.storage.copy_(slot.contents)
+        self._account(slot.place, -slot.nbytes)
 
     def _goes_to_file(self, nbytes: int) -> bool:
         if self._budget is None or self.host_bytes + nbytes <= self._budget:
@@ -188,24 +217,24 @@ class HostStore:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).untyped_storage()
 
     def _account(self, place: str, nbytes: int) -> None:
-        if place is _HOST:
+        if place is HOST:
             self.host_bytes += nbytes
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
-        elif place is _FILE:
+        elif place is FILE:
             self.file_bytes += nbytes
             self.peak_file_bytes = max(self.peak_file_bytes, self.file_bytes)
-        elif place is _ROOM:
+        elif place is ROOM:
             self._device_room -= nbytes
 
 
-class _Slot:
+class Slot:
     """The contents of one storage, and where they are."""
 
     def __init__(self, store: HostStore, storage: torch.UntypedStorage) -> None:
         self.store = store
         self.storage = storage
         self.nbytes = storage.nbytes()
-        self.place = _DEVICE
+        self.place = DEVICE
         self.contents: torch.UntypedStorage | None = None
         self.holders = 0
 
@@ -215,31 +244,27 @@ class _Slot:
         return owners > 1 + self.holders
 
     def is_away(self) -> bool:
-        return self.place is _HOST or self.place is _FILE
+        return self.place is HOST or self.place is FILE
 
     def __del__(self) -> None:
-        if self.contents is not None and self.is_shared():
-            # A tensor that outlives the step, in an attribute of a module, say.
-            self.storage.resize_(self.nbytes)
-            self.storage.copy_(self.contents)
-        self.store._account(self.place, -self.nbytes)
+        self.store._forget(self)
 
 
 class Held:
     """A tensor that waits, or would if its memory were somebody's to send away."""
 
-    __slots__ = ("_slot", "_tensor", "_version")
+    __slots__ = ("_tensor", "_version", "slot")
 
-    def __init__(self, tensor: Tensor, slot: _Slot | None) -> None:
+    def __init__(self, tensor: Tensor, slot: Slot | None) -> None:
         self._tensor = tensor
         self._version = tensor._version
-        self._slot = slot
+        self.slot = slot
         if slot is not None:
             slot.holders += 1
 
     def __del__(self) -> None:
-        if self._slot is not None:
-            self._slot.holders -= 1
+        if self.slot is not None:
+            self.slot.holders -= 1
 
     def take(self) -> Tensor:
         """The tensor, on the device.
@@ -253,8 +278,8 @@ class Held:
                 f"operation: a tensor of shape {tuple(self._tensor.shape)} is at version "
                 f"{self._tensor._version}; expected version {self._version} instead"
             )
-        if self._slot is not None and self._slot.is_away():
-            self._slot.store.bring_back((self._slot,))
+        if self.slot is not None and self.slot.is_away():
+            self.slot.store.bring_back((self.slot,))
         return self._tensor
 
 

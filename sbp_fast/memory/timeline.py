@@ -22,15 +22,15 @@ _SNAPSHOT_ENTRIES = 100_000
 class MemoryTimeline:
     """A context manager that notes how much device memory is in use, after each operation.
 
-    On the CPU what is made inside counts, and what :meth:`track` names; see :class:`LiveBytes`. On CUDA it
-    is the allocator's figure, and operations of other streams are seen when the next one is launched. It
-    takes some 10 microseconds an operation, and may be entered several times.
+    On the CPU what is made inside counts, and what :meth:`track` names; see :class:`LiveBytes`. On CUDA
+    it is the allocator's figure, and operations of other streams are seen when the next one is launched.
+    It takes some 10 microseconds an operation, and may be entered several times.
 
     Args:
         device: ``cpu`` or ``cuda``.
 
     Attributes:
-        points: ``(seconds, bytes)``, seconds from the first entry on. Equal bytes in a row are noted once.
+        points: ``(seconds, bytes)``, seconds from the first entry on; equal bytes in a row only once.
 
     Raises:
         ValueError: another device.
@@ -105,7 +105,7 @@ class MemoryTimeline:
         save_timeline_figure(Path(path), self.points, budget)
 
     def save_snapshot(self, path: str | Path) -> None:
-        """On CUDA, writes what https://docs.pytorch.org/memory_viz shows: all blocks, and who asked for them.
+        """On CUDA, writes what https://docs.pytorch.org/memory_viz shows: all blocks, and their origin.
 
         Raises:
             RuntimeError: the device is no CUDA device.

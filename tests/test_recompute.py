@@ -410,8 +410,12 @@ class TestMemory:
             free.track(model.parameters())
             accumulator.step(inputs, inputs)
         state = State(model, accumulator._optimizer)
-        for share in (0.6, 0.95):  # in the forward pass, and in the backward pass
-            limited = LiveBytes(int(share * free.peak_bytes))
+        with LiveBytes() as one_sample:
+            one_sample.track(model.parameters())
+            accumulator.backward(inputs[:1], inputs[:1])
+        model.zero_grad()
+        for share in (0.55, 0.95):  # in the forward pass, and in the backward pass
+            limited = LiveBytes(int(share * one_sample.peak_bytes))
             limited.track(model.parameters())
             before = limited.live_bytes
             with limited, pytest.raises(torch.OutOfMemoryError) as caught:

@@ -143,7 +143,7 @@ class OffloadStore(HostStore):
         """As a pack hook: keeps what is saved."""
         if torch._C._current_graph_task_id() != -1:
             # Saved within a backward pass: wanted there, at once.
-            return Held(tensor, None)
+            return Held(tensor.detach(), None)
         self.send_unshared()
         return super().hold(tensor)
 

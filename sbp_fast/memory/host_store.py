@@ -85,12 +85,12 @@ class HostStore:
             or _is_wrapper(tensor)
             or tensor.device != self.device
         ):
-            return Held(tensor, None)
+            return Held(tensor.detach(), None)
         storage = tensor.untyped_storage()
         key = storage._cdata
         is_small = storage.nbytes() < self._smallest
         if is_small or key in self._resident or not storage.resizable():
-            return Held(tensor, None)
+            return Held(tensor.detach(), None)
         slot = self._slots.get(key)
         if slot is None:
             slot = self._new_slot(storage)
@@ -251,7 +251,11 @@ class Slot:
 
 
 class Held:
-    """A tensor that waits, or would if its memory were somebody's to send away."""
+    """A tensor that waits, or would if its memory were somebody's to send away.
+
+    Made of a detached one: what autograd saves may be the output of the very node that saves it, and
+    would keep that node alive in a circle that no garbage collector sees.
+    """
 
     __slots__ = ("_tensor", "_version", "slot")
 

@@ -35,7 +35,7 @@ from .passes.one_by_one import compute_one_by_one
 from .passes.twice import compute_twice
 from .passes.waiting import WaitingBytes
 from .result import StepResult
-from .streaming import PinnedRing, stream_to
+from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
 
 
@@ -255,15 +255,10 @@ class StreamedAccumulator:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
         micro_batches, shares = self._split(inputs, targets)
         micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
-        large_batch = LargeBatch(
-            shares, Accumulators(self._hooks, backend=self._backend), PeakMeter(self._device)
-        )
+        large_batch = LargeBatch(shares, self._new_accumulators(), PeakMeter(self._device))
         must_meet = self._must_meet()
-        arrivals = stream_to(
-            self._device,
-            micro_batches,
-            self._ring,
-            keep=is_stream(inputs) and (must_meet or self._cross_sample_loss),
+        arrivals = self._arrivals(
+            micro_batches, keep=is_stream(inputs) and (must_meet or self._cross_sample_loss)
         )
         with (
             torch.enable_grad(),
@@ -301,6 +296,12 @@ class StreamedAccumulator:
             else:
                 compute_one_by_one(arrivals, computation)
         return large_batch
+
+    def _new_accumulators(self) -> Accumulators:
+        return Accumulators(self._hooks, backend=self._backend)
+
+    def _arrivals(self, micro_batches: Iterable[MicroBatch], keep: bool) -> Iterator[Arrival]:
+        return stream_to(self._device, micro_batches, self._ring, keep=keep)
 
     def _must_meet(self) -> bool:
         """Whether there are statistics to be computed from all micro-batches."""

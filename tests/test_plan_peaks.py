@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -170,30 +171,39 @@ def test_parts_are_what_they_say() -> None:
     assert predicted(case, torch.optim.SGD).measure(3).optimizer == 0
 
 
-def test_on_cuda_micro_batches_travel_and_all_parameters_are_updated_at_once() -> None:
-    width = 256
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(8)))
-    weights = 8 * width * width * 4
-    sample = torch.randn(1, width)
+def on(device: str, width: int, optimizer: MakeOptimizer = torch.optim.AdamW) -> Peak:
+    """Of eight layers without biases, on 16 of 64 samples."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(8)))
+        sample = torch.zeros(1, width)
+    peaks = predict_peak(
+        model,
+        nn.MSELoss(),
+        (sample, sample),
+        batch_size=64,
+        device=torch.device(device),
+        optimizer=optimizer,
+        policy="keep",
+    )
+    return peaks.measure(16)
 
-    def on(device: str) -> Peak:
-        peaks = predict_peak(
-            model,
-            nn.MSELoss(),
-            (sample, sample),
-            batch_size=64,
-            device=torch.device(device),
-            optimizer=torch.optim.AdamW,
-            policy="keep",
-        )
-        return peaks.measure(16)
 
-    cpu, cuda = on("cpu"), on("cuda")
-    micro_batch = 2 * 16 * sample.nbytes
+def test_to_cuda_micro_batches_travel_one_ahead() -> None:
+    micro_batch = 2 * 16 * 256 * 4
+    more = on("cuda", 256).activations - on("cpu", 256).activations
     # The one that computes, and the one that is on its way.
-    assert cuda.activations - cpu.activations == pytest.approx(2 * micro_batch, rel=0.1)
-    assert cuda.activations + cuda.transient > weights
-    assert cpu.activations + cpu.transient < weights
+    assert more == pytest.approx(2 * micro_batch, rel=0.1)
+
+
+def test_on_cuda_all_parameters_are_updated_at_once() -> None:
+    weights = 8 * 2048 * 2048 * 4
+
+    def beside(peak: Peak) -> int:
+        return peak.activations + peak.transient
+
+    assert beside(on("cuda", 2048)) > weights
+    assert beside(on("cuda", 2048, partial(torch.optim.AdamW, foreach=False))) < weights / 2
+    assert beside(on("cpu", 2048)) < weights / 2
 
 
 def line(batch_size: int, waits: bool = False) -> tuple[PeakModel, list[tuple[int, int]]]:
@@ -269,6 +279,16 @@ def test_a_curve_is_followed() -> None:
         assert largest is not None
         assert 100 + largest**2 <= budget
         assert 100 + (2 * largest) ** 2 > budget
+
+
+def test_what_is_measured_can_fit_where_nothing_was_predicted_to() -> None:
+    def read(size: int, samples: int) -> Reading:
+        return Reading(0, 0, 0, 0, 1000 * size**0.5, 0, 0, 0, 0)
+
+    peaks = PeakModel(100, read, waits_for_all=False)
+    assert peaks.predict(1).device_bytes > 1100, "on the line through two other sizes"
+    assert peaks.largest_within(1100) == 1
+    assert PeakModel(100, read, waits_for_all=False).largest_within(999) is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -34,7 +34,6 @@ def counted(
         case.loss_fn,
         micro_batch_size=micro_batch_size,
         normalization=case.normalization,
-        probe=False,
         **options,
     )
     with memory_budget("cpu", None) as memory:
@@ -64,12 +63,13 @@ def assert_predicted(
     case: Case,
     make_optimizer: MakeOptimizer = torch.optim.AdamW,
     sizes: Sequence[int] = (2, SAMPLES),
+    probe: bool = False,
     **options: Any,
 ) -> None:
     peaks = predicted(case, make_optimizer, **options)
     for size in sizes:
         peak = peaks.measure(size)
-        device_bytes, host_bytes = counted(case, size, make_optimizer, **options)
+        device_bytes, host_bytes = counted(case, size, make_optimizer, probe=probe, **options)
         expected = pytest.approx(device_bytes, rel=tolerances.PLANNED_PEAK["cpu"])
         assert peak.device_bytes == expected, size
         assert peak.host_bytes == pytest.approx(host_bytes, rel=tolerances.PLANNED_PEAK["cpu"])
@@ -143,6 +143,27 @@ def test_a_matrix_of_all_samples_by_all_samples() -> None:
     assert device_bytes > 2 * samples**2 * 4
     expected = pytest.approx(device_bytes, rel=tolerances.PLANNED_PEAK["cpu"])
     assert peaks.measure(100).device_bytes == expected
+
+
+class CallsBatchNorm(nn.Module):
+    """Without a layer for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(functional.batch_norm(self.first(x), None, None, training=True).relu())
+
+
+def test_batch_norm_without_a_layer() -> None:
+    model = CallsBatchNorm()
+    case = Case(
+        model, nn.CrossEntropyLoss(), torch.randn(SAMPLES, 16), torch.randint(5, (SAMPLES,))
+    )
+    assert predicted(case, torch.optim.SGD).measure(4).host_bytes > 0
+    # The real step looks for it with the samples that the probe computes.
+    assert_predicted(case, sizes=(4,), probe=True)
 
 
 def test_parameters_in_16_bits_have_sums_in_32() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from ..batches import MicroBatch, PyTree, copied, has_samples
 from ..certificate.copies import left_alone
 from ..gradients import Accumulators
 from ..gradients.accumulators import accumulator_dtype, usual_bucket_bytes
+from ..invariance.intercept import answering, native
 from ..invariance.layout import NO_SAMPLES, Layout, Layouts, Site
 from ..large_batch import LargeBatch
 from ..memory.fake_bytes import CUDA_GRANULE, FakeLiveBytes
@@ -108,8 +110,7 @@ class FakeSteps:
                 **options,
             )
             self._counter.track(self._accumulator.parameters_and_buffers())
-        # From the second step on there are the optimizer's state and copies of buffers.
-        self._has_stepped = False
+        self._make_first_step()
 
     @property
     def waits_for_all(self) -> bool:
@@ -121,10 +122,6 @@ class FakeSteps:
         Raises:
             ValueError: the model's computation depends on values, which fake tensors have not.
         """
-        if not self._has_stepped:
-            # Two, since a batch norm has no variance over one.
-            self._step(micro_batch_size, max(micro_batch_size, 2))
-            self._has_stepped = True
         before, state = self._counter.live_bytes, self._state_bytes()
         result = self._step(micro_batch_size, samples)
         gradients = self._accumulator.gradient_bytes
@@ -142,6 +139,15 @@ class FakeSteps:
             joint_peak=peaks.get(JOINT, 0),
             host_peak=result.host_bytes,
         )
+
+    def _make_first_step(self) -> None:
+        """From the second one on there are the optimizer's state and copies of buffers. The first also
+        tells whether the model calls batch norm without having a layer for it."""
+        listener = _BatchNormListener()
+        with answering(listener):
+            # On two samples, since a batch norm has no variance over one.
+            self._step(2, 2)
+        self._accumulator.note_batch_norm(listener.heard)
 
     def _step(self, micro_batch_size: int, samples: int) -> StepResult:
         with self._pretending():
@@ -212,6 +218,10 @@ class _OnFakes(StreamedAccumulator):
     @property
     def waits_for_all(self) -> bool:
         return self._must_meet() or self._cross_sample_loss
+
+    def note_batch_norm(self, is_called: bool) -> None:
+        """What a look at real samples would have found."""
+        self._survey.calls_batch_norm = is_called
 
     def parameters_and_buffers(self) -> list[Tensor]:
         buffers = (buffer for module in self._modules for buffer in module.buffers())
@@ -299,6 +309,37 @@ def _sent(micro_batch: MicroBatch | None) -> MicroBatch | None:
     if micro_batch is None:
         return None
     return MicroBatch(copied(micro_batch.inputs), copied(micro_batch.targets), micro_batch.samples)
+
+
+class _BatchNormListener:
+    """Hears calls that nobody else answers: of models that call the function by themselves."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.heard = False
+
+    @property
+    def answers(self) -> Mapping[str, Callable[..., Any]]:
+        return {"batch_norm": self._batch_norm}
+
+    def is_computing(self, in_autograd: bool) -> bool:
+        return not in_autograd
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Any:
+        self.heard |= training
+        return native("batch_norm")(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
 
 
 class _Anywhere(Layouts):

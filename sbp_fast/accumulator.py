@@ -39,7 +39,7 @@ from .passes.twice import compute_twice
 from .passes.until_it_fits import compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
-from .streaming import PinnedRing, stream_to
+from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
 
 
@@ -278,9 +278,7 @@ class StreamedAccumulator:
         must_meet = self._must_meet()
         all_at_once = must_meet or self._cross_sample_loss
         meter = PeakMeter(self._device)
-        arrivals = stream_to(
-            self._device, micro_batches, self._ring, keep=is_stream(inputs) and all_at_once
-        )
+        arrivals = self._arrivals(micro_batches, keep=is_stream(inputs) and all_at_once)
         with (
             torch.enable_grad(),
             Sampling(
@@ -300,8 +298,7 @@ class StreamedAccumulator:
                 shares.start_over()
 
             def begin() -> Computation:
-                accumulators = Accumulators(self._hooks, backend=self._backend)
-                large_batch = LargeBatch(shares, accumulators, meter)
+                large_batch = LargeBatch(shares, self._new_accumulators(), meter)
                 return Computation(
                     self._device, self._forward, large_batch, sampling, self._grad_scaler
                 )
@@ -341,6 +338,12 @@ class StreamedAccumulator:
             backend=self._backend,
         )
         computation.large_batch.note_waiting(store)
+
+    def _new_accumulators(self) -> Accumulators:
+        return Accumulators(self._hooks, backend=self._backend)
+
+    def _arrivals(self, micro_batches: Iterable[MicroBatch], keep: bool) -> Iterator[Arrival]:
+        return stream_to(self._device, micro_batches, self._ring, keep=keep)
 
     def _must_meet(self) -> bool:
         """Whether there are statistics to be computed from all micro-batches."""

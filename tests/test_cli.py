@@ -113,7 +113,7 @@ def test_commands_run_as_a_module() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "sbp_fast", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("doctor", "demo", "verify", "bench"):
+    for command in ("doctor", "plan", "demo", "verify", "bench"):
         assert command in run.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -342,3 +343,25 @@ class TestWaiting:
         with pytest.raises(HostBudgetError, match="host_budget is"):
             accumulator.step(pairs)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, SAMPLES])
+def test_a_large_batch_goes_when_its_step_does(micro_batch_size: int) -> None:
+    """No cycle keeps its statistics until the garbage collector comes by."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    accumulator = StreamedAccumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        micro_batch_size=micro_batch_size,
+    )
+    inputs, targets = torch.randn(SAMPLES, 6), torch.randint(3, (SAMPLES,))
+    accumulator.step(inputs, targets)
+    gc.collect()
+    gc.disable()
+    try:
+        with memory_budget("cpu", None) as memory:
+            accumulator.step(inputs, targets)
+            assert memory.live_bytes == 0
+    finally:
+        gc.enable()

@@ -15,7 +15,7 @@ import torch
 
 from sbp_fast import Certificate
 from sbp_fast.cli import main, verify
-from sbp_fast.cli.named_function import importable
+from sbp_fast.cli.named_function import POSITIONAL, importable
 from sbp_fast.report import extra
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -152,7 +152,7 @@ def test_all_options_reach_verify(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ReachedError) as reached, importable("subject"):
             verify.certify("subject", "holding", arguments)
         given = reached.value.args[0]
-        assert {name: given[name] for name in given if name not in verify.POSITIONAL} == expected
+        assert {name: given[name] for name in given if name not in POSITIONAL} == expected
 
 
 def test_seed_is_that_of_the_function_too() -> None:

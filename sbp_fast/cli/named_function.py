@@ -1,4 +1,5 @@
-"""The function that ``package.module:function`` or ``path/to/file.py:function`` names."""
+"""The function that ``package.module:function`` or ``path/to/file.py:function`` names, and what it
+returns."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+POSITIONAL = ("model", "loss_fn", "inputs", "targets")
 
 
 class BadInputError(Exception):
@@ -63,6 +66,34 @@ def find_function(module: str, function: str) -> Callable[[], Any]:
         ) from error
     callee: Callable[[], Any] = found
     return callee
+
+
+def as_arguments(
+    returned: Any, name: str, called: Callable[..., Any], called_name: str
+) -> dict[str, Any]:
+    """What the function called ``name`` returned, as arguments of ``called``.
+
+    Raises:
+        BadInputError: neither four values nor a dict with what is needed.
+    """
+    if isinstance(returned, dict):
+        try:
+            inspect.signature(called).bind(**returned)
+        except TypeError as error:
+            raise BadInputError(
+                f"{name} returned a dict with {sorted(map(str, returned))} ({error}); expected the "
+                f"arguments of {called_name}"
+            ) from error
+        return returned
+    if isinstance(returned, (tuple, list)) and len(returned) == len(POSITIONAL):
+        return dict(zip(POSITIONAL, returned, strict=True))
+    what = f"a {type(returned).__name__}"
+    if isinstance(returned, (tuple, list)):
+        what += f" of {len(returned)}"
+    raise BadInputError(
+        f"{name} returned {what}; expected (model, loss_fn, inputs, targets), or a dict of the arguments "
+        f"of {called_name}"
+    )
 
 
 def _is_file(module: str) -> bool:

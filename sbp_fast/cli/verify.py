@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import Certificate
 from .. import verify as make_certificate
-from ..report.extra import import_extra
-from .named_function import BadInputError, find_function, importable, split_name
+from .files import check_directory, check_figure
+from .named_function import BadInputError, as_arguments, find_function, importable, split_name
 
 # Passed on where they are given; what they may be, verify and the accumulator say themselves.
 PASSED_ON = (
@@ -26,7 +24,6 @@ PASSED_ON = (
     "dropout",
     "cross_sample_loss",
 )
-POSITIONAL = ("model", "loss_fn", "inputs", "targets")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,19 +107,10 @@ def write_files(certificate: Certificate, arguments: argparse.Namespace) -> None
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Raises ImportError, FileNotFoundError or ValueError for what would fail only after the runs."""
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(
-                f"{option} {path}: there is no directory {path.parent}; create it or name another"
-            )
+    if arguments.json is not None:
+        check_directory("--json", arguments.json)
     if arguments.plot is not None:
-        base = import_extra("matplotlib.backend_bases").FigureCanvasBase
-        formats = base.get_supported_filetypes()
-        if arguments.plot.suffix.lower().removeprefix(".") not in formats:
-            raise ValueError(
-                f"--plot {arguments.plot}: the name must end in a format that can be drawn, such as "
-                ".png, .svg or .pdf"
-            )
+        check_figure("--plot", arguments.plot)
 
 
 def certify(module: str, function: str, arguments: argparse.Namespace) -> Certificate:
@@ -130,31 +118,5 @@ def certify(module: str, function: str, arguments: argparse.Namespace) -> Certif
     given = {name: value for name, value in vars(arguments).items() if name in PASSED_ON}
     torch.manual_seed(given.get("seed", 0))
     returned = find_function(module, function)()
-    called = {**as_arguments(returned, f"{module}:{function}"), **given}
-    return make_certificate(**called)
-
-
-def as_arguments(returned: Any, name: str) -> dict[str, Any]:
-    """Of :func:`sbp_fast.verify`.
-
-    Raises:
-        BadInputError: neither four values nor a dict with what is needed.
-    """
-    if isinstance(returned, dict):
-        try:
-            inspect.signature(make_certificate).bind(**returned)
-        except TypeError as error:
-            raise BadInputError(
-                f"{name} returned a dict with {sorted(map(str, returned))} ({error}); expected the "
-                "arguments of sbp_fast.verify"
-            ) from error
-        return returned
-    if isinstance(returned, (tuple, list)) and len(returned) == len(POSITIONAL):
-        return dict(zip(POSITIONAL, returned, strict=True))
-    what = f"a {type(returned).__name__}"
-    if isinstance(returned, (tuple, list)):
-        what += f" of {len(returned)}"
-    raise BadInputError(
-        f"{name} returned {what}; expected (model, loss_fn, inputs, targets), or a dict of the arguments "
-        "of sbp_fast.verify"
-    )
+    called = as_arguments(returned, f"{module}:{function}", make_certificate, "sbp_fast.verify")
+    return make_certificate(**{**called, **given})

@@ -63,12 +63,15 @@ class Accumulators:
             pass fails half way.
     """
 
-    def __init__(self, hooks: GradientHooks, *, backend: str) -> None:
+    def __init__(
+        self, hooks: GradientHooks, *, backend: str, bucket_bytes: int | None = None
+    ) -> None:
+        """``bucket_bytes``: the most that waits for the next call; None for what suits the device."""
         self._hooks = hooks
         self._parameters = hooks.parameters
         self._backend = backend
         device = self._parameters[0].device
-        self._bucket_bytes = _bucket_bytes(device)
+        self._bucket_bytes = usual_bucket_bytes(device) if bucket_bytes is None else bucket_bytes
         self._sums: list[Tensor | None] = [None] * len(self._parameters)
         self._observed = [False] * len(self._parameters)
         self._observed_twice = False
@@ -245,7 +248,8 @@ def _owns_its_memory(gradient: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
-def _bucket_bytes(device: torch.device) -> int:
+def usual_bucket_bytes(device: torch.device) -> int:
+    """Bytes of gradients that share a call."""
     if device.type == "cuda":
         # Half of the L2: a gradient is still there when it is added.
         l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size

@@ -301,6 +301,8 @@ class ExactBatchNorm:
         with answering(self), self._layers.counts_kept():
             for level in range(len(self._calls), -1, -1):
                 self._run_level(level, starts)
+        # They lead back here, in a cycle that would keep what they hold beyond the step.
+        self._graphs.clear()
 
     def _run_level(self, level: int, starts: list[list[tuple[GradientEdge, Tensor]]]) -> None:
         """Back from a call, or the very end, to all earlier calls; sums what the next one needs."""

@@ -78,6 +78,8 @@ class Lockstep(Generic[Result]):
                 if not member._greenlet:
                     # It has ended, and left its stacks as it found them: as copies of the hub's.
                     ThreadState.take(self._device, self._generators)
+                    # Its hooks lead back to whoever leads to it.
+                    member._state = None
                 before.install()
 
     def meet(self, message: Any, where: str) -> None:

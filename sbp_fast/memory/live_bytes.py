@@ -94,7 +94,23 @@ class LiveBytes(TorchDispatchMode):
 
     def take_back(self, storage: torch.UntypedStorage) -> None:
         """What was set aside is device memory again. Raises torch.OutOfMemoryError if it does not fit."""
-        self._count("take_back", (), {}, (torch.empty(0, dtype=torch.uint8).set_(storage),))
+        if storage._cdata not in self._references:
+            self._write_down("take_back", {storage._cdata: (storage, self.bytes_of(storage))})
+
+    def bytes_in(self, tensors: Iterable[Tensor]) -> int:
+        """How many of the live bytes are those of these tensors."""
+        storages = {
+            storage._cdata for storage in map(self.storage_of, tensors) if storage is not None
+        }
+        return sum(map(self._known_bytes, storages))
+
+    def storage_of(self, value: object) -> torch.UntypedStorage | None:
+        """The storage that a value has on the device; None for all else."""
+        return cpu_storage(value)
+
+    def bytes_of(self, storage: torch.UntypedStorage) -> int:
+        """What a storage takes of the device's memory."""
+        return storage.nbytes()
 
     def __torch_dispatch__(
         self,
@@ -123,32 +139,34 @@ class LiveBytes(TorchDispatchMode):
     ) -> None:
         # 1. Find what the operation allocated: new storages, and known ones that it has resized.
         grown: dict[int, tuple[torch.UntypedStorage, int]] = {}
-        asked = 0
         for output in outputs:
-            storage = cpu_storage(output)
+            storage = self.storage_of(output)
             if storage is None:
                 continue
-            key, size = storage._cdata, storage.nbytes()
+            key, size = storage._cdata, self.bytes_of(storage)
             known = self._references.get(key)
             if known is not None:
                 if size == known.size:
                     continue
-                asked -= known.size
             elif (
                 key in grown
-                or is_storage_of_any(key, args)
-                or is_storage_of_any(key, kwargs.values())
+                or self._is_storage_of_any(key, args)
+                or self._is_storage_of_any(key, kwargs.values())
             ):
                 continue
             grown[key] = (storage, size)
-            asked += size
         if not grown:
             return
+        # The traceback of a refusal keeps this frame: it must not keep what was refused.
+        del storage, output, outputs, args, kwargs
+        self._write_down(name, grown)
+
+    def _write_down(self, name: object, grown: dict[int, tuple[torch.UntypedStorage, int]]) -> None:
+        asked = sum(size - self._known_bytes(key) for key, (_, size) in grown.items())
         # 2. Refuse before anything is written down: the figures stay those of the memory in use.
         live = self.live_bytes + asked
         if self.limit_bytes is not None and live > self.limit_bytes and asked > 0:
             grown.clear()
-            del storage, output, outputs, args, kwargs
             raise torch.OutOfMemoryError(
                 f"out of memory: {name} asked for {format_bytes(asked)} while "
                 f"{format_bytes(self.live_bytes)} of the {format_bytes(self.limit_bytes)} "
@@ -162,6 +180,22 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes = live
         if live > self.peak_bytes:
             self.peak_bytes = live
+
+    def _known_bytes(self, key: int) -> int:
+        reference = self._references.get(key)
+        return 0 if reference is None else reference.size
+
+    def _is_storage_of_any(self, key: int, values: Iterable[Any]) -> bool:
+        """Whether a tensor among an operation's arguments has this storage: the output is a view."""
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                if self._is_storage_of_any(key, value):
+                    return True
+            elif isinstance(value, Tensor):
+                storage = self.storage_of(value)
+                if storage is not None and storage._cdata == key:
+                    return True
+        return False
 
 
 @functools.cache
@@ -180,16 +214,3 @@ def cpu_storage(value: object) -> torch.UntypedStorage | None:
         return None
     storage = value.untyped_storage()
     return storage if storage.device == CPU else None
-
-
-def is_storage_of_any(key: int, values: Iterable[Any]) -> bool:
-    """Whether a tensor among an operation's arguments has this storage: the output is a view."""
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            if is_storage_of_any(key, value):
-                return True
-        elif isinstance(value, Tensor):
-            storage = cpu_storage(value)
-            if storage is not None and storage._cdata == key:
-                return True
-    return False

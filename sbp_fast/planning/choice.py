@@ -1,0 +1,62 @@
+"""The micro-batch size with the shortest step.
+
+Ravi Kumar and Sivakumar 2025, section 3, leave the optimal micro-batch size to a search. For a step of
+``ceil(B / mu)`` micro-batches that take ``alpha + beta * mu`` each, there is nothing to search for.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def best_micro_batch_size(
+    batch_size: int, largest: int, alpha: float | None = None, beta: float | None = None
+) -> int:
+    """The ``mu`` from 1 to ``largest`` with the least ``T(mu) = ceil(B / mu) * (alpha + beta * mu)``.
+
+    Among equals it is the one with the fewest micro-batches, and among those the smallest: it needs the
+    least memory. Where nothing is known of ``alpha`` and ``beta``, the fewest micro-batches are best.
+
+    Args:
+        batch_size: ``B``, samples in the large batch.
+        largest: the largest micro-batch that fits; more than ``batch_size`` counts as that.
+        alpha: seconds that a micro-batch takes whatever its size; None where it was not measured.
+        beta: seconds that each of its samples adds; None where it was not measured.
+
+    Raises:
+        ValueError: a size below 1, a negative time, or one time without the other.
+    """
+    for name, size in (("batch_size", batch_size), ("largest", largest)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1, a number of samples")
+    largest = min(largest, batch_size)
+    fewest = _ceil(batch_size, largest)
+    if alpha is None and beta is None:
+        return _ceil(batch_size, fewest)
+    if alpha is None or beta is None:
+        raise ValueError(
+            f"alpha is {alpha} and beta is {beta}; both are measured together: give both, or neither"
+        )
+    for name, seconds in (("alpha", alpha), ("beta", beta)):
+        if not 0.0 <= seconds < math.inf:
+            raise ValueError(f"{name} is {seconds}; it must be a finite time of at least 0 seconds")
+    best, shortest = 0, math.inf
+    for size in even_sizes(batch_size):
+        count = _ceil(batch_size, size)
+        if count >= fewest and count * (alpha + beta * size) < shortest:
+            best, shortest = size, count * (alpha + beta * size)
+    return best
+
+
+def even_sizes(batch_size: int) -> list[int]:
+    """The smallest micro-batch size for every number of micro-batches there can be, largest first."""
+    sizes, size = [], batch_size
+    while size > 0:
+        size = _ceil(batch_size, _ceil(batch_size, size))
+        sizes.append(size)
+        size -= 1
+    return sizes
+
+
+def _ceil(samples: int, size: int) -> int:
+    return -(-samples // size)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .activations import activations_of
-from .batches import MicroBatch, PyTree, is_stream, split, split_stream
+from .batches import MicroBatch, PyTree, cut, is_stream, split, split_stream, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
@@ -29,6 +30,7 @@ from .loss_probe import probe_loss
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
 from .memory.micro_batch_size import MicroBatchSize
+from .memory.out_of_memory import NothingSmallerError
 from .memory.peak import PeakMeter
 from .memory.step_budget import StepBudget
 from .ops import is_automatic, resolve
@@ -41,6 +43,9 @@ from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
+
+if TYPE_CHECKING:
+    from .planning.automatic import AutomaticSize
 
 
 class StreamedAccumulator:
@@ -58,7 +63,9 @@ class StreamedAccumulator:
             are trained as well.
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar; or None for a model that returns its own
             loss (itself, as ``.loss`` or under the key ``"loss"``).
-        micro_batch_size: samples computed at once.
+        micro_batch_size: samples computed at once. ``"auto"``: as many as, says :func:`sbp_fast.plan`,
+            ``memory_budget`` or the free CUDA memory allows; on a CPU without a budget, 32. Where memory
+            runs out all the same, the step goes on with half as many, and so do later ones.
         memory_budget: the most device memory that a step may take, parameters and optimizer state
             included: ``"8GiB"`` or bytes; None for all that the device has. On the CPU the bytes of
             tensors are counted, see :func:`sbp_fast.memory.memory_budget`; a few percent of the time.
@@ -102,7 +109,7 @@ class StreamedAccumulator:
         optimizer: torch.optim.Optimizer,
         loss_fn: Callable[..., Any] | None,
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | str = "auto",
         memory_budget: str | int | None = None,
         host_budget: str | int | None = None,
         spill_directory: str | os.PathLike[str] | None = None,
@@ -140,7 +147,12 @@ class StreamedAccumulator:
         self._modules = modules_of(model, loss_fn)
         self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
-        self._size = MicroBatchSize(options.check_micro_batch_size(micro_batch_size))
+        self._wanted_size = options.check_micro_batch_size(micro_batch_size)
+        self._size = MicroBatchSize(self._wanted_size or 1)
+        self._plan_options = {
+            **{"policy": activations, "batch_norm": batch_norm, "dropout": dropout},
+            **{"cross_sample_loss": cross_sample_loss, "autocast": autocast, "backend": backend},
+        }
         self._contract = (
             options.cross_sample_contract(loss_fn, normalization)
             if cross_sample_loss
@@ -189,8 +201,9 @@ class StreamedAccumulator:
                 add up as declared.
         """
         self._follow_changes()
-        with self._within_budget(), self._transaction as transaction:
-            large_batch = self._stream(inputs, targets)
+        micro_batches, shares = self._split(inputs, targets)
+        with self._within_budget(micro_batches), self._transaction as transaction:
+            large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
             self._size.end_step()
             finite_loss, finite_gradient = large_batch.finite()
@@ -218,8 +231,9 @@ class StreamedAccumulator:
         Takes and raises what :meth:`step` does.
         """
         self._follow_changes()
-        with self._within_budget(), self._transaction:
-            large_batch = self._stream(inputs, targets)
+        micro_batches, shares = self._split(inputs, targets)
+        with self._within_budget(micro_batches), self._transaction:
+            large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
             self._size.end_step()
             return large_batch.result(skipped=False)
@@ -252,6 +266,7 @@ class StreamedAccumulator:
         self._budget = (
             None if self._memory_budget is None else StepBudget(device, self._memory_budget)
         )
+        self._automatic: AutomaticSize | None = None
         self._ring = PinnedRing(device) if device.type == "cuda" else None
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
@@ -266,19 +281,29 @@ class StreamedAccumulator:
             ],
         )
 
-    def _within_budget(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _within_budget(self, micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
+        """Where the budget is too small, the error says which would do."""
         if self._budget is None:
-            return nullcontext()
-        return self._budget.holding(self._modules, self._optimizer)
+            yield
+            return
+        try:
+            with self._budget.holding(self._modules, self._optimizer):
+                yield
+        except torch.OutOfMemoryError as error:
+            whole = whole_of(micro_batches)
+            if whole is None:
+                raise
+            raise NothingSmallerError(f"{error}{self._sizes().advice(whole)}") from error
 
-    def _stream(self, inputs: PyTree | Iterable[Any], targets: PyTree) -> LargeBatch:
+    def _stream(self, micro_batches: Iterable[MicroBatch], shares: Shares) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
-        micro_batches, shares = self._split(inputs, targets)
+        comes_once = not isinstance(micro_batches, list)
         micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
         must_meet = self._must_meet()
         all_at_once = must_meet or self._cross_sample_loss
         meter = PeakMeter(self._device)
-        arrivals = self._arrivals(micro_batches, keep=is_stream(inputs) and all_at_once)
+        arrivals = self._arrivals(micro_batches, keep=comes_once and all_at_once)
         with (
             torch.enable_grad(),
             Sampling(
@@ -368,9 +393,10 @@ class StreamedAccumulator:
         self, inputs: PyTree | Iterable[Any], targets: PyTree
     ) -> tuple[Iterable[MicroBatch], Shares]:
         shares = Shares(self._contract)
-        size = self._size.current
+        with_targets = self._loss_fn is not None
         if not is_stream(inputs):
-            micro_batches = split(inputs, targets, size, with_targets=self._loss_fn is not None)
+            (whole,) = split(inputs, targets, sys.maxsize, with_targets=with_targets)
+            micro_batches = cut(whole, self._size_for(whole))
             shares.announce(micro_batches)
             return micro_batches, shares
         if targets is not None:
@@ -378,7 +404,25 @@ class StreamedAccumulator:
                 "targets were given beside an iterable of micro-batches; let the iterable yield pairs "
                 "(inputs, targets)"
             )
-        return split_stream(inputs, size, with_targets=self._loss_fn is not None), shares
+        items = split_stream(inputs, sys.maxsize, with_targets=with_targets)
+        return (piece for item in items for piece in cut(item, self._size_for(item))), shares
+
+    def _size_for(self, whole: MicroBatch) -> int:
+        """Samples of it that are computed at once."""
+        if self._wanted_size is None:
+            self._size.want(self._sizes().size_for(whole))
+        return self._size.current
+
+    def _sizes(self) -> AutomaticSize:
+        # Here, since plans are made by accumulators.
+        from .planning.automatic import AutomaticSize
+
+        if self._automatic is None:
+            self._automatic = AutomaticSize(
+                *(self._model, self._loss_fn, self._optimizer, self._device),
+                *(self._memory_budget, self._plan_options),
+            )
+        return self._automatic
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""

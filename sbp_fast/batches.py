@@ -126,6 +126,7 @@ def cut(micro_batch: MicroBatch, size: int) -> list[MicroBatch]:
             rows(micro_batch.inputs, start, min(start + size, micro_batch.samples)),
             rows(micro_batch.targets, start, min(start + size, micro_batch.samples)),
             min(size, micro_batch.samples - start),
+            cut_from=micro_batch.cut_from,
             borrowed=micro_batch.borrowed,
         )
         for start in range(0, micro_batch.samples, size)
@@ -178,6 +179,14 @@ def count_samples(inputs: PyTree, targets: PyTree) -> int:
             "Leave an empty batch out of the loop"
         )
     return samples
+
+
+def whole_of(micro_batches: Iterable[MicroBatch]) -> MicroBatch | None:
+    """The large batch that these are pieces of; None for a stream, which is not known."""
+    if not isinstance(micro_batches, list):
+        return None
+    inputs, targets = micro_batches[0].cut_from
+    return MicroBatch(inputs, targets, count_samples(inputs, targets))
 
 
 def first_samples(micro_batch: MicroBatch, most: int) -> MicroBatch:

@@ -28,7 +28,6 @@ Normalization = str | Callable[[PyTree], "float | Tensor"]
 
 # Options whose other values belong to the contract but are not there yet: what works instead.
 _NOT_YET: dict[str, dict[Any, str]] = {
-    "micro_batch_size": {"auto": "an int, the number of samples that fit at once"},
     "activations": {"auto": "activations='keep', 'recompute' or 'offload'"},
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -59,15 +58,14 @@ def check_choice(name: str, value: Any) -> None:
         )
 
 
-def check_micro_batch_size(value: Any) -> int:
-    """Raises TypeError for what is no int, ValueError for an int below 1."""
+def check_micro_batch_size(value: Any) -> int | None:
+    """None for ``"auto"``. Raises TypeError for what is no int, ValueError for an int below 1."""
     if value == "auto":
-        raise NotImplementedError(
-            f"micro_batch_size='auto' is not available yet; pass {_NOT_YET['micro_batch_size'][value]}"
-        )
+        return None
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
-            f"micro_batch_size is {value!r}; it must be an int, the number of samples computed at once"
+            f"micro_batch_size is {value!r}; it must be an int, the number of samples computed at once, "
+            "or 'auto'"
         )
     if value < 1:
         raise ValueError(

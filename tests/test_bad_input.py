@@ -109,11 +109,6 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"micro_batch_size": True}, TypeError, "micro_batch_size is True; it must be an int"),
     ({"micro_batch_size": None}, TypeError, "micro_batch_size is None; it must be an int"),
     ({"micro_batch_size": "8"}, TypeError, "micro_batch_size is '8'; it must be an int"),
-    (
-        {"micro_batch_size": "auto"},
-        NotImplementedError,
-        "micro_batch_size='auto' is not available yet; pass an int",
-    ),
     ({"memory_budget": "8 GoB"}, ValueError, "8 GoB"),
     (
         {"batch_norm": "frozen"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
@@ -76,7 +78,13 @@ def test_is_kept_by_random_models(
     accumulator = accumulator_for(network, size, budget)
     try:
         result = accumulator.backward(inputs, targets)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        words = re.search(r"smallest memory_budget that would do is (\d+) bytes", str(error))
+        assert words is not None
+        # What was predicted does.
+        again = accumulator_for(layers_of(*model), size, math.ceil(1.05 * int(words[1])))
+        if part < 0.5:
+            assert again.backward(inputs, targets).samples == samples
         assert all(parameter.grad is None for parameter in network.parameters())
         return
     assert result.peak_bytes is not None
@@ -113,3 +121,69 @@ def test_less_than_the_parameters_is_refused() -> None:
 def test_no_size(budget: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         accumulator_for(layers_of(4, 1, "plain"), 4, budget)
+
+
+class TestAutomaticSize:
+    def test_fewest_micro_batches_that_fit_as_even_as_they_come(self) -> None:
+        inputs, targets = torch.randn(100, 32).double(), torch.randint(3, (100,))
+        model = layers_of(32, 4, "layer_norm")
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
+        kept = 8 * 3 * sum(parameter.numel() for parameter in model.parameters())
+        accumulator = accumulator_for(model, "auto", kept + (200 << 10))
+        result = accumulator.backward(inputs, targets)
+        assert_gradients_match(gradients_of(model), oracle.gradients, EXACT)
+        assert result.micro_batch_size == math.ceil(100 / result.micro_batches)
+        assert 1 < result.micro_batches < 10
+        assert result.peak_bytes is not None
+        assert result.peak_bytes <= kept + (200 << 10)
+        larger = accumulator_for(
+            layers_of(32, 4, "layer_norm"), math.ceil(100 / (result.micro_batches - 1)), None
+        )
+        with memory_budget("cpu", None) as memory:
+            memory.track(larger._parameters.all)
+            peak = larger.step(inputs, targets).peak_bytes
+        assert peak is not None
+        assert peak > 0.9 * (kept + (200 << 10))
+
+    def test_items_of_a_stream(self) -> None:
+        inputs, targets = torch.randn(100, 32).double(), torch.randint(3, (100,))
+        model = layers_of(32, 4, "layer_norm")
+        oracle = full_batch(model, nn.CrossEntropyLoss(), inputs, targets)
+        kept = 8 * 3 * sum(parameter.numel() for parameter in model.parameters())
+        accumulator = accumulator_for(model, "auto", kept + (100 << 10))
+        result = accumulator.backward(zip(inputs.split(50), targets.split(50), strict=True))
+        assert_gradients_match(gradients_of(model), oracle.gradients, EXACT)
+        assert 1 < result.micro_batch_size < 50
+
+    def test_is_the_default_and_32_on_a_cpu_without_a_budget(self) -> None:
+        model = layers_of(8, 1, "batch_norm")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accumulator = StreamedAccumulator(model, optimizer, nn.CrossEntropyLoss())
+        inputs, targets = torch.randn(70, 8).double(), torch.randint(3, (70,))
+        assert accumulator.step(inputs, targets).micro_batch_size == 32
+        assert accumulator.step(inputs[:20], targets[:20]).micro_batch_size == 20
+
+    def test_a_model_that_cannot_be_planned_is_tried(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class OfValues(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x) * len(x[x[:, 0] > 100.0] + 1)
+
+        model = OfValues(64, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accumulator = StreamedAccumulator(
+            model, optimizer, nn.CrossEntropyLoss(), memory_budget="12KiB", probe=False
+        )
+        with caplog.at_level("INFO", logger="sbp_fast"):
+            result = accumulator.step(torch.randn(512, 64), torch.randint(3, (512,)))
+        assert "not planned" in caplog.text
+        assert result.micro_batch_size < 512
+        assert result.peak_bytes is not None
+        assert result.peak_bytes <= 12 << 10
+
+    def test_too_small_a_budget_says_which_would_do(self) -> None:
+        model = layers_of(32, 4, "layer_norm")
+        inputs, targets = torch.randn(8, 32).double(), torch.randint(3, (8,))
+        with pytest.raises(ValueError, match="the least that would do is"):
+            accumulator_for(model, "auto", "40KiB").step(inputs, targets)

@@ -24,6 +24,14 @@ class MicroBatchSize:
         self._undisturbed = 0
         self.current = wanted
 
+    def want(self, wanted: int) -> None:
+        """Another size is wanted from now on; one that memory has allowed less of stays as it is."""
+        if self.current == self._wanted:
+            self.current = wanted
+        else:
+            self.current = min(self.current, wanted)
+        self._wanted = wanted
+
     def shrink(self, samples: int, reason: BaseException) -> None:
         """Memory did not suffice for ``samples`` at once."""
         smaller = max(1, (samples + 1) // 2)

@@ -182,7 +182,7 @@ def plan(
     )
     largest = peaks.largest_within(budget_bytes)
     if largest is None:
-        raise _too_small(budget_bytes, peaks)
+        raise no_micro_batch_fits(budget_bytes, peaks)
     chosen = best_micro_batch_size(batch_size, largest)
     sizes = sorted({*_powers_of_two(batch_size), chosen, batch_size})
     return Plan(
@@ -264,7 +264,8 @@ def _row(size: int, policy: str, peaks: PeakModel, budget: int) -> PlanRow:
     return PlanRow(size, peaks.count(size), policy, peak, peak.device_bytes <= budget)
 
 
-def _too_small(budget: int, peaks: PeakModel) -> BudgetError:
+def no_micro_batch_fits(budget: int, peaks: PeakModel) -> BudgetError:
+    """The error that says which budget would do."""
     size, peak = peaks.smallest_peak()
     needed = peak.device_bytes
     fixed = format_bytes(peak.parameters + peak.optimizer)

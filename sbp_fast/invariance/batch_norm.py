@@ -209,6 +209,9 @@ class ExactBatchNorm:
         output = self._output(visit.take_input(), call.coefficients, visit.is_tracked)
         if visit.is_tracked:
             self._graphs[member.position].begin_after_cut(output, len(self._calls) - 1)
+        # A variable of the model's may keep it over further calls although autograd does not (a residual
+        # block's shortcut, which is only added): then it waits with the rest, for as long as it lives.
+        output._held = self._store.hold(output)  # type: ignore[attr-defined]
         return output
 
     def _all_have_finished(self) -> bool:

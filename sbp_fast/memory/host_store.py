@@ -141,6 +141,10 @@ class HostStore:
             if slot.is_away():
                 self._bring(slot)
 
+    def bring_back_all(self) -> None:
+        """For tensors that outlive the large batch, in an attribute of a module, say."""
+        self.bring_back(list(self._slots.values()))
+
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """While inside, operations find the contents of what they are given, whoever sent them away: a

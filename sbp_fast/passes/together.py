@@ -68,3 +68,4 @@ def compute_together(
         ]
     with computation.collecting():
         together.backward(results)
+    store.bring_back_all()

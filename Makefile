@@ -18,8 +18,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.demo
 	$(BIN)/sbp-fast demo
 
+# A file stays in one process: what its tests compile is compiled once.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Measured as users run it, without the line above.
 bench: $(VENV)/.dev

@@ -77,6 +77,7 @@ class LargeBatch:
             micro_batches=self.micro_batches,
             micro_batch_size=self.micro_batch_size,
             peak_bytes=self.meter.peak_bytes(),
+            reserved_bytes=self.meter.reserved_bytes(),
             host_bytes=self.host_bytes,
             spilled_bytes=self.spilled_bytes,
             noise_scale=None,

@@ -21,6 +21,8 @@ class StepResult:
         peak_bytes: the most device memory allocated at once during the step, in bytes. On CUDA the
             allocator's figure (its peak is reset when a step begins). On the CPU, where nothing counts
             by itself, the figure of an enclosing :func:`sbp_fast.memory.memory_budget`, else None.
+        reserved_bytes: on CUDA, the most that the allocator had taken from the device, in bytes: far above
+            ``peak_bytes``, memory is fragmented. None elsewhere.
         host_bytes: the most host memory in which activations waited at once, in bytes: what exact batch
             norm keeps of the other micro-batches while one computes, or what ``activations="offload"``
             sends there. None of it is in ``peak_bytes``, on the CPU either. 0 where nothing waits.
@@ -35,6 +37,7 @@ class StepResult:
     micro_batches: int
     micro_batch_size: int
     peak_bytes: int | None
+    reserved_bytes: int | None
     host_bytes: int
     spilled_bytes: int
     noise_scale: Tensor | None

@@ -132,3 +132,17 @@ def test_importing_the_package_loads_no_heavy_extras() -> None:
     with_package = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     with_torch = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True)
     assert with_package.stdout == with_torch.stdout, with_package.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "hint"),
+    [
+        ({}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:true"}, False),
+    ],
+)
+def test_doctor_on_fragmentation(environment: dict[str, str], hint: bool) -> None:
+    sentence = doctor.allocator_hint(environment)
+    assert (sentence is not None and "expandable_segments:True" in sentence) == hint

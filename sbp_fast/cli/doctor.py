@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"SBP_FAST_BACKEND={variable} FAILED: it serves no device here. Unset it, or set it to a "
             "backend that is ok."
         )
-    for sentence in advice:
+    hint = allocator_hint(os.environ) if torch.cuda.is_available() else None
+    for sentence in (*advice, *([hint] if hint else [])):
         print(f"\n{sentence}")
     return 1 if advice else 0
 
@@ -118,6 +120,22 @@ def _check(backend: str) -> _Check:
     verdict = "ok" if difference <= _AGREEMENT else "WRONG"
     detail = f"on {device}, relative difference {difference:.1e} (at most {_AGREEMENT:.0e})"
     return _Check(backend, verdict, detail)
+
+
+def allocator_hint(environment: Mapping[str, str]) -> str | None:
+    """What would keep CUDA memory from falling into pieces; None where it is set already.
+
+    Micro-batches of several sizes (the last one, those after out-of-memory) leave blocks that fit no
+    other.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if any("expandable_segments:true" in environment.get(name, "").lower() for name in names):
+        return None
+    return (
+        "CUDA memory: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before Python starts, and "
+        "blocks of one size can serve another. result.reserved_bytes against result.peak_bytes shows how "
+        "much is lost without."
+    )
 
 
 def _advice(checks: list[_Check]) -> list[str]:

@@ -37,3 +37,9 @@ class PeakMeter:
         # Whoever counts over a longer time keeps the larger peak.
         self.counter.peak_bytes = max(peak, self._peak_before)
         return peak
+
+    def reserved_bytes(self) -> int | None:
+        """Bytes that the CUDA allocator had from the device at most; None elsewhere."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_reserved(self._device)

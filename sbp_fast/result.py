@@ -21,7 +21,7 @@ class StepResult:
         peak_bytes: the most device memory allocated at once during the step, in bytes. On CUDA the
             allocator's figure (its peak is reset when a step begins). On the CPU, where nothing counts
             by itself, the figure of an enclosing :func:`sbp_fast.memory.memory_budget`, else None.
-        reserved_bytes: on CUDA, the most that the allocator had taken from the device, in bytes: far above
+        reserved_bytes: on CUDA, the most that the allocator had from the device, in bytes: far above
             ``peak_bytes``, memory is fragmented. None elsewhere.
         host_bytes: the most host memory in which activations waited at once, in bytes: what exact batch
             norm keeps of the other micro-batches while one computes, or what ``activations="offload"``

@@ -199,13 +199,26 @@ def mebibytes(row: str) -> list[float]:
 
 
 @pytest.mark.usefixtures("_small_data")
-def test_micro_batch_over_the_budget_says_what_to_do(
+def test_micro_batch_over_the_budget_becomes_smaller(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--device cpu --batch-size 128 --micro-batch-size 128 --budget 3MiB --output"
-    status = main(["demo", *options.split(), str(tmp_path / "demo.png")])
-    assert status == 1
-    assert "Try a smaller --micro-batch-size" in capsys.readouterr().out
+    options = (
+        "--device cpu --batch-size 128 --micro-batch-size 128 --budget 3MiB --steps 1 --output"
+    )
+    assert main(["demo", *options.split(), str(tmp_path / "demo.png")]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("SBP"))
+    assert "128  " in row
+    assert "64  " in row
+
+
+@pytest.mark.usefixtures("_small_data")
+def test_a_budget_that_nothing_fits_into_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--device cpu --batch-size 128 --micro-batch-size 128 --budget 200KiB --output"
+    assert main(["demo", *options.split(), str(tmp_path / "demo.png")]) == 1
+    assert "Try a larger --budget" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class Trained:
     """
 
     curve: TrainingCurve
+    micro_batch_size: int
     peak_bytes: int
     waiting_bytes: int
     samples_per_second: float
@@ -143,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
             model, loss_fn, itertools.chain([batch], batches), data, arguments, budget_bytes
         )
     except torch.OutOfMemoryError as error:
-        print(f"   torch.OutOfMemoryError: {error}\n   Try a smaller --micro-batch-size.")
+        print(f"   torch.OutOfMemoryError: {error}\n   Try a larger --budget.")
         return 1
 
     print(f"\n{results_table(arguments, budget_bytes, plain, free, trained)}")
@@ -223,7 +224,7 @@ def train(
             bar.set_postfix(loss=f"{losses[-1]:.3f}", samples_per_s=f"{samples / seconds:.0f}")
             bar.update()
     curve = TrainingCurve(losses, evaluate_after, accuracies)
-    return Trained(curve, peak_bytes, waiting_bytes, samples / seconds)
+    return Trained(curve, result.micro_batch_size, peak_bytes, waiting_bytes, samples / seconds)
 
 
 def warm_up_cosine(step: int, steps: int) -> float:
@@ -250,7 +251,7 @@ def results_table(
     trained: Trained,
 ) -> str:
     """The table at the end: one row for each way to do the step."""
-    batch, micro_batch = str(arguments.batch_size), str(arguments.micro_batch_size)
+    batch = str(arguments.batch_size)
     budget = format_bytes(budget_bytes)
     return format_table(
         (
@@ -263,7 +264,7 @@ def results_table(
             (
                 f"SBP, budget {budget}",
                 batch,
-                micro_batch,
+                str(trained.micro_batch_size),
                 format_bytes(trained.peak_bytes),
                 format_bytes(trained.waiting_bytes),
                 f"{trained.samples_per_second:.0f}",
@@ -290,7 +291,7 @@ def memory_bars(
     arguments: argparse.Namespace, free: PlainRun, trained: Trained
 ) -> Sequence[MemoryBar]:
     """The plain step's bar, where it could be measured, and SBP's."""
-    streamed = MemoryBar(f"SBP\nmicro-batch {arguments.micro_batch_size}", trained.peak_bytes)
+    streamed = MemoryBar(f"SBP\nmicro-batch {trained.micro_batch_size}", trained.peak_bytes)
     if free.error is not None:
         return [streamed]
     return [MemoryBar(f"plain step\nbatch {arguments.batch_size}", free.peak_bytes), streamed]

@@ -8,7 +8,7 @@ that are in.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,7 +59,7 @@ def _compute_in_pieces(
     large_batch = computation.large_batch
     first_sample, share = computation.take_share(arrival.micro_batch)
     whole = _Piece(arrival.micro_batch, first_sample, share)
-    pieces = _halves(whole, size.current, computation)
+    pieces = _in_pieces_of(size.current, whole, computation)
     while pieces:
         piece = pieces.pop(0)
         large_batch.accumulators.observe(arrival.is_last and not pieces)
@@ -74,22 +74,15 @@ def _compute_in_pieces(
                 buffers.put_back()
                 # 2. The same samples again, half as many at once.
                 size.shrink(piece.micro_batch.samples, failure)
-                smaller = _halves(piece, (piece.micro_batch.samples + 1) // 2, computation)
-                pieces[:0] = [
-                    _Piece(
-                        part.micro_batch,
-                        part.first_sample,
-                        part.share,
-                        piece.left_out | large_batch.accumulators.arrived,
-                    )
-                    for part in smaller
-                ]
+                rest = replace(piece, left_out=piece.left_out | large_batch.accumulators.arrived)
+                half = (piece.micro_batch.samples + 1) // 2
+                pieces[:0] = _in_pieces_of(half, rest, computation)
                 continue
         large_batch.count(piece.micro_batch.samples)
 
 
-def _halves(piece: _Piece, samples: int, computation: Computation) -> list[_Piece]:
-    """Pieces of at most as many samples."""
+def _in_pieces_of(samples: int, piece: _Piece, computation: Computation) -> list[_Piece]:
+    """The same in pieces of at most as many samples."""
     parts = cut(piece.micro_batch, samples)
     if len(parts) == 1:
         return [piece]

@@ -43,6 +43,7 @@ from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
+from .update import Update
 
 if TYPE_CHECKING:
     from .planning.automatic import AutomaticSize
@@ -147,6 +148,7 @@ class StreamedAccumulator:
         self._modules = modules_of(model, loss_fn)
         self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
+        self._update = Update(optimizer, grad_scaler)
         self._wanted_size = options.check_micro_batch_size(micro_batch_size)
         self._size = MicroBatchSize(self._wanted_size or 1)
         self._plan_options = {
@@ -187,7 +189,8 @@ class StreamedAccumulator:
         A loss or gradient that is not finite makes no update: the step is skipped,
         ``result.skipped`` is True, and parameters, buffers, optimizer state and ``p.grad`` are as they
         were. To decide that, the device is waited for once, after the last micro-batch. An exception
-        leaves all of them as they were, too, unless the optimizer itself raised half way.
+        leaves all of them as they were, too, unless the optimizer itself raised half way: where that is
+        for lack of memory, the message says so.
 
         Args:
             inputs: tensors of shape ``(samples, ...)``, alone or in dicts, tuples and lists, on host,
@@ -209,9 +212,9 @@ class StreamedAccumulator:
             finite_loss, finite_gradient = large_batch.finite()
             skipped = not (finite_loss and finite_gradient)
             if not skipped:
-                self._update()
+                self._update.make()
             elif not finite_gradient:
-                self._show_overflow()
+                self._update.show_overflow()
             # An autocast context of the caller's would go on with copies of the old parameters.
             torch.clear_autocast_cache()
             if skipped:
@@ -432,30 +435,3 @@ class StreamedAccumulator:
         self._finaliser.check_narrowed(
             self._parameters.trainable, large_batch.accumulators.statistics
         )
-
-    def _update(self) -> None:
-        scaler = self._grad_scaler
-        if scaler is None:
-            self._optimizer.step()
-            return
-        with _scaler_kept(scaler):
-            scaler.step(self._optimizer)
-            scaler.update()
-
-    def _show_overflow(self) -> None:
-        """Shows the scaler a gradient that is not finite, so that it lowers its scale."""
-        if self._grad_scaler is not None:
-            with _scaler_kept(self._grad_scaler):
-                self._grad_scaler.unscale_(self._optimizer)
-                self._grad_scaler.update()
-
-
-@contextmanager
-def _scaler_kept(scaler: GradScaler) -> Iterator[None]:
-    """A scaler remembers that gradients were unscaled until it is updated. If that never comes, the next
-    step would go without."""
-    try:
-        yield
-    except BaseException:
-        scaler.update(scaler.get_scale())
-        raise

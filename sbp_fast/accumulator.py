@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from . import options
 from .activations import activations_of
-from .batches import MicroBatch, PyTree, cut, is_stream, split, split_stream, whole_of
+from .batches import MicroBatch, PyTree, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
@@ -29,7 +28,6 @@ from .loss import Shares, read_contract
 from .loss_probe import probe_loss
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
-from .memory.micro_batch_size import MicroBatchSize
 from .memory.out_of_memory import NothingSmallerError
 from .memory.peak import PeakMeter
 from .memory.step_budget import StepBudget
@@ -41,6 +39,7 @@ from .passes.twice import compute_twice
 from .passes.until_it_fits import compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
+from .splitting import Cost, Splitting
 from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
 from .update import Update
@@ -67,6 +66,10 @@ class StreamedAccumulator:
         micro_batch_size: samples computed at once. ``"auto"``: as many as, says :func:`sbp_fast.plan`,
             ``memory_budget`` or the free CUDA memory allows; on a CPU without a budget, 32. Where memory
             runs out all the same, the step goes on with half as many, and so do later ones.
+        micro_batch_cost: for samples of different lengths: ``micro_batch_cost(inputs)`` is what a micro-
+            batch of these inputs costs (``inputs.numel()``, its tokens, say), and ``micro_batch_size``
+            the most that one may cost, instead of a number of samples. A piece takes as many samples,
+            in their order, as that allows. Samples must not make it cheaper. None: samples count alike.
         memory_budget: the most device memory that a step may take, parameters and optimizer state
             included: ``"8GiB"`` or bytes; None for all that the device has. On the CPU the bytes of
             tensors are counted, see :func:`sbp_fast.memory.memory_budget`; a few percent of the time.
@@ -111,6 +114,7 @@ class StreamedAccumulator:
         loss_fn: Callable[..., Any] | None,
         *,
         micro_batch_size: int | str = "auto",
+        micro_batch_cost: Cost | None = None,
         memory_budget: str | int | None = None,
         host_budget: str | int | None = None,
         spill_directory: str | os.PathLike[str] | None = None,
@@ -149,8 +153,12 @@ class StreamedAccumulator:
         self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
         self._update = Update(optimizer, grad_scaler)
-        self._wanted_size = options.check_micro_batch_size(micro_batch_size)
-        self._size = MicroBatchSize(self._wanted_size or 1)
+        self._splitting = Splitting(
+            loss_fn,
+            options.check_micro_batch_size(micro_batch_size, micro_batch_cost)
+            or (lambda whole: self._sizes().size_for(whole)),
+            micro_batch_cost,
+        )
         self._plan_options = {
             **{"policy": activations, "batch_norm": batch_norm, "dropout": dropout},
             **{"cross_sample_loss": cross_sample_loss, "autocast": autocast, "backend": backend},
@@ -204,11 +212,12 @@ class StreamedAccumulator:
                 add up as declared.
         """
         self._follow_changes()
-        micro_batches, shares = self._split(inputs, targets)
+        shares = Shares(self._contract)
+        micro_batches = self._splitting.split(inputs, targets, shares)
         with self._within_budget(micro_batches), self._transaction as transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
-            self._size.end_step()
+            self._splitting.end_step()
             finite_loss, finite_gradient = large_batch.finite()
             skipped = not (finite_loss and finite_gradient)
             if not skipped:
@@ -234,11 +243,12 @@ class StreamedAccumulator:
         Takes and raises what :meth:`step` does.
         """
         self._follow_changes()
-        micro_batches, shares = self._split(inputs, targets)
+        shares = Shares(self._contract)
+        micro_batches = self._splitting.split(inputs, targets, shares)
         with self._within_budget(micro_batches), self._transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
-            self._size.end_step()
+            self._splitting.end_step()
             return large_batch.result(skipped=False)
 
     def _follow_changes(self) -> None:
@@ -337,16 +347,16 @@ class StreamedAccumulator:
                         micro_batches, self._forward, self._modules, self._host_store(meter)
                     )
                 computation = compute_until_it_fits(
-                    arrivals, begin, self._compute_together, start_over, self._size
+                    arrivals, begin, self._compute_together, start_over, self._splitting
                 )
             elif self._cross_sample_loss:
                 compute = partial(compute_twice, buffers=self._transaction.buffers)
                 computation = compute_until_it_fits(
-                    arrivals, begin, compute, start_over, self._size
+                    arrivals, begin, compute, start_over, self._splitting
                 )
             else:
                 computation = begin()
-                compute_one_by_one(arrivals, computation, self._size, self._buffers)
+                compute_one_by_one(arrivals, computation, self._splitting, self._buffers)
         if store is not None:
             computation.large_batch.note_waiting(store)
         return computation.large_batch
@@ -391,30 +401,6 @@ class StreamedAccumulator:
         store.leave_alone(self._parameters.all)
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
         return store
-
-    def _split(
-        self, inputs: PyTree | Iterable[Any], targets: PyTree
-    ) -> tuple[Iterable[MicroBatch], Shares]:
-        shares = Shares(self._contract)
-        with_targets = self._loss_fn is not None
-        if not is_stream(inputs):
-            (whole,) = split(inputs, targets, sys.maxsize, with_targets=with_targets)
-            micro_batches = cut(whole, self._size_for(whole))
-            shares.announce(micro_batches)
-            return micro_batches, shares
-        if targets is not None:
-            raise ValueError(
-                "targets were given beside an iterable of micro-batches; let the iterable yield pairs "
-                "(inputs, targets)"
-            )
-        items = split_stream(inputs, sys.maxsize, with_targets=with_targets)
-        return (piece for item in items for piece in cut(item, self._size_for(item))), shares
-
-    def _size_for(self, whole: MicroBatch) -> int:
-        """Samples of it that are computed at once."""
-        if self._wanted_size is None:
-            self._size.want(self._sizes().size_for(whole))
-        return self._size.current
 
     def _sizes(self) -> AutomaticSize:
         # Here, since plans are made by accumulators.

@@ -122,15 +122,20 @@ def cut(micro_batch: MicroBatch, size: int) -> list[MicroBatch]:
     if micro_batch.samples <= size:
         return [micro_batch]
     return [
-        MicroBatch(
-            rows(micro_batch.inputs, start, min(start + size, micro_batch.samples)),
-            rows(micro_batch.targets, start, min(start + size, micro_batch.samples)),
-            min(size, micro_batch.samples - start),
-            cut_from=micro_batch.cut_from,
-            borrowed=micro_batch.borrowed,
-        )
+        part_of(micro_batch, start, min(start + size, micro_batch.samples))
         for start in range(0, micro_batch.samples, size)
     ]
+
+
+def part_of(micro_batch: MicroBatch, start: int, stop: int) -> MicroBatch:
+    """Its samples from ``start`` to ``stop``, as views."""
+    return MicroBatch(
+        rows(micro_batch.inputs, start, stop),
+        rows(micro_batch.targets, start, stop),
+        stop - start,
+        cut_from=micro_batch.cut_from,
+        borrowed=micro_batch.borrowed,
+    )
 
 
 def count_samples(inputs: PyTree, targets: PyTree) -> int:

@@ -58,9 +58,18 @@ def check_choice(name: str, value: Any) -> None:
         )
 
 
-def check_micro_batch_size(value: Any) -> int | None:
+def check_micro_batch_size(value: Any, cost: Any) -> int | None:
     """None for ``"auto"``. Raises TypeError for what is no int, ValueError for an int below 1."""
+    if cost is not None and not callable(cost):
+        raise TypeError(
+            f"micro_batch_cost is {cost!r}; it must be callable as micro_batch_cost(inputs), or None"
+        )
     if value == "auto":
+        if cost is not None:
+            raise ValueError(
+                "micro_batch_size is 'auto' with a micro_batch_cost; give the most that a micro-batch "
+                "may cost (16384 for tokens, say)"
+            )
         return None
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(

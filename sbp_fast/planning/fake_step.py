@@ -28,11 +28,12 @@ from ..invariance.intercept import answering, native
 from ..invariance.layout import NO_SAMPLES, Layout, Layouts, Site
 from ..large_batch import LargeBatch
 from ..memory.fake_bytes import CUDA_GRANULE, FakeLiveBytes
-from ..memory.micro_batch_size import MicroBatchSize
 from ..parameters import Parameters, modules_of
 from ..rehearsal import Rehearsal
 from ..result import StepResult
+from ..splitting import Splitting
 from ..streaming import Arrival
+from ..update import Update
 from .fake_copies import LossFunction, MakeOptimizer, fake_batch, fake_copies
 from .peak import Reading
 
@@ -197,6 +198,7 @@ class _OnFakes(StreamedAccumulator):
             options["normalization"] = _one
         super().__init__(model, optimizer, loss_fn, micro_batch_size=1, probe=False, **options)
         self._counter = counter
+        self._update = _Answered(optimizer, counter)
         self._batch_size = batch_size
         self._samples = 0
         self._on_cuda = on_cuda
@@ -232,7 +234,7 @@ class _OnFakes(StreamedAccumulator):
         self, micro_batch_size: int, samples: int, inputs: PyTree, targets: PyTree
     ) -> StepResult:
         self._samples = samples
-        self._size = MicroBatchSize(micro_batch_size)
+        self._splitting = Splitting(self._loss_fn, micro_batch_size)
         self._counter.phase = FORWARD
         return self.step(inputs, targets)
 
@@ -275,9 +277,17 @@ class _OnFakes(StreamedAccumulator):
         # Asked next: whether all is finite.
         self._counter.yes = True
 
-    def _update(self) -> None:
+
+class _Answered(Update):
+    """An update, which comes once the question whether all is finite has been answered."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, counter: FakeLiveBytes) -> None:
+        super().__init__(optimizer, scaler=None)
+        self._counter = counter
+
+    def make(self) -> None:
         self._counter.yes = False
-        super()._update()
+        super().make()
 
 
 class _Announcing(Accumulators):

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..activations.blocks import find_blocks
 from .case import Case, Contender
+from .image_sizes import StepSize
 from .memory import Memory, peak_of
 from .models import UNet, resnet50
-from .step import PLAIN, StepSize, make_accumulator, plain_step
+from .step import PLAIN, make_accumulator, plain_step
 from .timing import Call
 
 POLICIES = ("keep", "recompute", "offload")
@@ -51,7 +52,7 @@ def make_case(network: str, size: StepSize, device: torch.device, width: int) ->
     parameters = list(problem[0].parameters())
     return Case(
         benchmark="activations",
-        name=name_of(network, size),
+        name=size.name_of(network),
         dtype=torch.float32,
         tensors=len(parameters),
         elements=sum(parameter.numel() for parameter in parameters),
@@ -67,10 +68,6 @@ def make_case(network: str, size: StepSize, device: torch.device, width: int) ->
     )
 
 
-def name_of(network: str, size: StepSize) -> str:
-    return size.name.replace("ResNet-18", network)
-
-
 def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Memory]:
     """The peaks of a second step, when all that is kept between steps is there."""
     rows = []
@@ -82,7 +79,7 @@ def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Mem
             figures[name] = peak_of(model, step, device), getattr(step(2), "host_bytes", 0)
         plain = figures[PLAIN][0]
         rows += [
-            Memory(name_of(network, size), name, peak, peak / plain, waiting)
+            Memory(size.name_of(network), name, peak, peak / plain, waiting)
             for name, (peak, waiting) in figures.items()
         ]
     return rows

@@ -356,7 +356,13 @@ class StreamedAccumulator:
                 )
             else:
                 computation = begin()
-                compute_one_by_one(arrivals, computation, self._splitting, self._buffers)
+                compute_one_by_one(
+                    arrivals,
+                    computation,
+                    self._splitting,
+                    at_beginning=self._transaction.buffers,
+                    later=self._buffers,
+                )
         if store is not None:
             computation.large_batch.note_waiting(store)
         return computation.large_batch

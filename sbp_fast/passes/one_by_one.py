@@ -27,19 +27,21 @@ def compute_one_by_one(
     arrivals: Iterable[Arrival],
     computation: Computation,
     splitting: Splitting,
-    buffers: Buffers,
+    at_beginning: Buffers,
+    later: Buffers,
 ) -> None:
     """Runs every micro-batch with its share of the large batch.
 
     Args:
         splitting: what memory allows at once; learns where it allows less.
-        buffers: where those of the modules are copied before each attempt.
+        at_beginning: a copy of the modules' buffers as they are now.
+        later: where they are copied before each further attempt.
 
     Raises:
         NothingSmallerError: memory runs out, and a smaller micro-batch would not help.
     """
     for arrival in arrivals:
-        _compute_in_pieces(arrival, computation, splitting, buffers)
+        _compute_in_pieces(arrival, computation, splitting, at_beginning, later)
         # Its memory is wanted for the next one, which is sent before the loop comes round.
         del arrival
 
@@ -55,7 +57,11 @@ class _Piece:
 
 
 def _compute_in_pieces(
-    arrival: Arrival, computation: Computation, splitting: Splitting, buffers: Buffers
+    arrival: Arrival,
+    computation: Computation,
+    splitting: Splitting,
+    at_beginning: Buffers,
+    later: Buffers,
 ) -> None:
     large_batch = computation.large_batch
     first_sample, share = computation.take_share(arrival.micro_batch)
@@ -65,7 +71,10 @@ def _compute_in_pieces(
         piece = pieces.pop(0)
         large_batch.accumulators.observe(arrival.is_last and not pieces)
         if not is_nothing(piece.share):
-            buffers.copy()
+            buffers = at_beginning
+            if large_batch.micro_batches > 0:
+                buffers = later
+                buffers.copy()
             loss = large_batch.loss
             failure = _attempt(piece, computation)
             if failure is not None:

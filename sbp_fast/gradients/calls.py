@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
 Function = Callable[..., Any]
@@ -73,17 +72,25 @@ def _install() -> None:
 
 def is_plain(input: Any, weight: Tensor, bias: Any) -> bool:
     """Whether nobody else has a part in the call: no transform, mode or subclass of tensors."""
-    if not (isinstance(input, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        return False
     return (
         torch.is_grad_enabled()
-        and not has_torch_function((input, weight, bias))
+        and _is_plain_tensor(input)
+        and _is_plain_tensor(weight)
+        and (bias is None or _is_plain_tensor(bias))
         and input.layout is torch.strided
         and input.device == weight.device
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and _function_modes_are_default_devices()
+    )
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    kind = type(value)
+    return kind is Tensor or (
+        isinstance(value, Tensor)
+        and kind.__torch_function__ is torch._C._disabled_torch_function_impl
     )
 
 

@@ -51,6 +51,7 @@ class FusedGradients:
             for position, parameter in enumerate(hooks.parameters)
             if _is_large_matrix(parameter)
         }
+        # Since the last graph was read.
         self._called = False
 
     @contextmanager
@@ -83,7 +84,7 @@ class FusedGradients:
     def from_nodes(self, nodes: Iterable[Node], sums: Sums) -> None:
         """Of graphs whose step begins anew where memory runs out: every gradient that comes from a node
         of ours goes to ``sums``."""
-        if self._called:
+        if self._weights:
             self._give((node for node in nodes if isinstance(node, _OURS)), sums)
 
     def _give(self, nodes: Iterable[Node], sums: Sums) -> None:

@@ -77,7 +77,7 @@ def widens_correctly(device: torch.device, dtype: torch.dtype) -> bool:
             start = before if beta else torch.full_like(before, torch.nan)
             # As in a backward pass, where it is the other way round in memory.
             transposed = left.t().contiguous().t().to(device)
-            total = start.to(device)
+            total = start.to(device, copy=True)
             try:
                 _add_widened(total, transposed, right.to(device), beta, scale)
             except (RuntimeError, NotImplementedError, AttributeError):

@@ -20,6 +20,7 @@ from . import (
     kernels,
     plots,
     step,
+    weight_gradients,
 )
 from .activations import Activation
 from .case import Case
@@ -28,8 +29,9 @@ from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
 from .timing import stopwatch_for
+from .weight_gradients import LayerSize, NetworkSize
 
-SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations")
+SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations", "weight_gradients")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Plan:
         exact_rounds: measurements of each of those.
         policy_sizes: of the steps in which activations are kept, recomputed and offloaded.
         policy_rounds: measurements of each of those.
+        layer_sizes: of the layers whose weight gradients are fused.
+        network_sizes: of the steps with such layers.
     """
 
     networks: int
@@ -58,6 +62,8 @@ class Plan:
     exact_rounds: int
     policy_sizes: Sequence[StepSize]
     policy_rounds: int
+    layer_sizes: Sequence[LayerSize]
+    network_sizes: Sequence[NetworkSize]
 
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -79,6 +85,23 @@ FULL = Plan(
     exact_rounds=7,
     policy_sizes=[StepSize(64, 64, 32)],
     policy_rounds=7,
+    layer_sizes=[
+        *(
+            LayerSize(outputs, inputs, rows)
+            for outputs, inputs in ((256, 256), (512, 512), (768, 768), (3072, 768), (4096, 4096))
+            for rows in (1, 4, 16, 64, 256)
+        ),
+        # Of ResNet-50's last stages.
+        *(
+            LayerSize(outputs, inputs, samples, pixels)
+            for outputs, inputs, pixels in ((512, 1024, 14), (2048, 512, 7), (512, 2048, 7))
+            for samples in (1, 2, 4, 16)
+        ),
+    ],
+    network_sizes=[
+        *(NetworkSize(4096, 16, micro_batch) for micro_batch in (1, 2, 4, 16)),
+        *(NetworkSize(384, 16, micro_batch, blocks=6) for micro_batch in (1, 2, 4, 16)),
+    ],
 )
 QUICK = Plan(
     networks=1,
@@ -91,12 +114,17 @@ QUICK = Plan(
     exact_rounds=3,
     policy_sizes=[StepSize(32, 8, 4)],
     policy_rounds=3,
+    layer_sizes=[LayerSize(1024, 1024, 16), LayerSize(512, 2048, 1, pixels=7)],
+    network_sizes=[NetworkSize(1024, 8, 2), NetworkSize(384, 8, 4, blocks=2)],
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
-_HOST_COUNTS = ("overhead", "step", "exact", "activations")
+_HOST_COUNTS = (
+    *("overhead", "step", "exact", "activations"),
+    *("weight gradients", "weight gradients, step"),
+)
 
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
@@ -187,6 +215,9 @@ def bench(
             ]
             print(f"\n{memory_table(memory)}")
             write_memory(output / f"{subject}_memory.csv", memory)
+    if "weight_gradients" in subjects:
+        makers = weight_gradients.cases(plan.layer_sizes, plan.network_sizes, device)
+        rows += _measure("weight_gradients", makers, plan.step_rounds, device, output)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
@@ -212,7 +243,7 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    without_plot = {"exact": None, "activations": None}
+    without_plot = {"exact": None, "activations": None, "weight_gradients": None}
     draw = {**without_plot, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
     if draw is None:
         return rows

@@ -238,10 +238,10 @@ class TestSameStep:
 class TestUsed:
     def test_where_the_weight_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
         added = note_added(monkeypatch, least_bytes=None)
-        model = nn.Sequential(nn.Linear(WIDTH, 512), nn.Linear(512, 512), nn.Linear(512, 511))
-        inputs = torch.randn(4, WIDTH)
-        accumulator_for(model, nn.MSELoss(), micro_batch_size=2).step(inputs, torch.randn(4, 511))
-        assert added == {2: 2}, "of 1 MiB, from which on calls of ours are worth their while"
+        model = nn.Sequential(nn.Linear(WIDTH, 512), nn.Linear(512, 1024), nn.Linear(1024, 511))
+        inputs, targets = torch.randn(4, WIDTH), torch.randn(4, 511)
+        accumulator_for(model, nn.MSELoss(), micro_batch_size=2).step(inputs, targets)
+        assert added == {2: 2}, "of 2 MiB, from which on calls of ours are worth their while"
 
     def test_when_biases_or_inputs_are_frozen(self, added: Added) -> None:
         model = mlp()

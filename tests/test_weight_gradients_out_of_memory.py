@@ -21,7 +21,8 @@ from sbp_fast.memory import memory_budget
 from sbp_fast.planning import predict_peak
 
 SAMPLES, SIZE, WIDTH, CLASSES = 6, 4, 8, 3
-MIB = 1 << 20
+DEEP = 768
+LAYER_BYTES = DEEP * DEEP * 4
 
 
 class Mixed(nn.Module):
@@ -100,13 +101,13 @@ def test_at_every_allocation(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert survived > memory.allocations / 3
 
 
-def deep(width: int = 512, layers: int = 8) -> nn.Module:
-    """1 MiB a layer."""
-    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+def deep() -> nn.Module:
+    """Eight layers of 2.25 MiB."""
+    return nn.Sequential(*(nn.Linear(DEEP, DEEP, bias=False) for _ in range(8)))
 
 
 def counted_peak(backend: str) -> int:
-    model, inputs = deep(), torch.randn(4, 512)
+    model, inputs = deep(), torch.randn(4, DEEP)
     accumulator = StreamedAccumulator(
         model,
         torch.optim.SGD(model.parameters(), lr=0.01, foreach=False),
@@ -125,14 +126,14 @@ def test_no_gradient_is_alive_beside_the_sums(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = counted_peak(backend)
-    note_added(monkeypatch, least_bytes=2 * MIB)
+    note_added(monkeypatch, least_bytes=2 * LAYER_BYTES)
     # Parameters and sums, and a few rows.
-    assert 16 * MIB <= fused < 16.1 * MIB
-    assert counted_peak(backend) - fused >= 0.9 * MIB
+    assert 16 * LAYER_BYTES <= fused < 16.1 * LAYER_BYTES
+    assert counted_peak(backend) - fused >= 0.9 * LAYER_BYTES
 
 
 def test_a_plan_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sample = deep(), (torch.randn(1, 512), torch.randn(1, 512))
+    model, sample = deep(), (torch.randn(1, DEEP), torch.randn(1, DEEP))
 
     def planned() -> int:
         return predict_peak(
@@ -145,5 +146,5 @@ def test_a_plan_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     expected = pytest.approx(counted_peak("auto"), rel=tolerances.PLANNED_PEAK["cpu"])
     assert planned() == expected
-    note_added(monkeypatch, least_bytes=2 * MIB)
+    note_added(monkeypatch, least_bytes=2 * LAYER_BYTES)
     assert planned() != expected

@@ -25,7 +25,7 @@ from .hooks import GradientHooks
 from .weight_gradient import Linear, PointwiseConvolution, Product, can_add
 
 # Smaller weights cost less to write and to read again than a call of ours costs in Python.
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 2 << 20
 
 _OURS = (Linear._backward_cls, PointwiseConvolution._backward_cls)
 _ACCUMULATE_GRAD = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)

@@ -18,7 +18,13 @@ from .batches import MicroBatch, PyTree, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
-from .gradients import Accumulators, Finaliser, GradientHooks, autograd_can_accumulate
+from .gradients import (
+    Accumulators,
+    Finaliser,
+    FusedGradients,
+    GradientHooks,
+    autograd_can_accumulate,
+)
 from .invariance.batch_norm_layers import has_batch_norm
 from .invariance.layout import Layouts
 from .invariance.sampling import Sampling
@@ -293,6 +299,7 @@ class StreamedAccumulator:
                 if automatic and autograd_can_accumulate(parameter)
             ],
         )
+        self._fused = FusedGradients(self._hooks)
 
     @contextmanager
     def _within_budget(self, micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
@@ -326,6 +333,7 @@ class StreamedAccumulator:
                 reseed=all_at_once,
                 backend=self._backend,
             ) as sampling,
+            self._fused.during(),
             self._activations.during(
                 self._device, meter.counter, meets=has_batch_norm if must_meet else None
             ) as store,
@@ -338,7 +346,8 @@ class StreamedAccumulator:
             def begin() -> Computation:
                 large_batch = LargeBatch(shares, self._new_accumulators(), meter)
                 return Computation(
-                    self._device, self._forward, large_batch, sampling, self._grad_scaler
+                    *(self._device, self._forward, large_batch, sampling),
+                    *(self._grad_scaler, self._fused),
                 )
 
             if must_meet:

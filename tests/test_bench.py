@@ -36,6 +36,7 @@ from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.stream_ceiling import FLOATS_MOVED, Ceilings
 from sbp_fast.bench.tensor_lists import TensorSets, make_set, make_sets
 from sbp_fast.bench.timing import Spread, measure, stopwatch_for
+from sbp_fast.bench.weight_gradients import LayerSize, NetworkSize
 from sbp_fast.bench.workloads import NETWORKS, Workload, make_problem
 
 CPU = torch.device("cpu")
@@ -55,6 +56,8 @@ TINY_PLAN = cli.Plan(
     exact_rounds=2,
     policy_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     policy_rounds=2,
+    layer_sizes=[LayerSize(5, 7, 3), LayerSize(5, 7, 3, pixels=2)],
+    network_sizes=[NetworkSize(8, 4, 2), NetworkSize(8, 4, 2, blocks=1)],
 )
 
 
@@ -511,7 +514,8 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
-        "batch norm", "dropout", "alternatives", "exact", "activations",
+        "batch norm", "dropout", "alternatives", "exact", "activations", "weight gradients",
+        "weight gradients, step",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:

@@ -22,6 +22,7 @@ from . import (
     kernels,
     plots,
     step,
+    weight_gradients,
 )
 from .activations import Activation
 from .case import Case
@@ -30,11 +31,12 @@ from .memory import memory_table, write_memory
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .timing import stopwatch_for
+from .weight_gradients import LayerSize, NetworkSize
 from .workloads import NETWORKS, Workload
 
 SUBJECTS = (
-    *("kernels", "batch_norm", "dropout", "step"),
-    *("alternatives", "growth", "exact", "activations"),
+    *("kernels", "batch_norm", "dropout", "step", "alternatives"),
+    *("growth", "exact", "activations", "weight_gradients"),
 )
 
 
@@ -56,6 +58,8 @@ class Plan:
         exact_rounds: measurements of each of those.
         policy_sizes: of the steps in which activations are kept, recomputed and offloaded.
         policy_rounds: measurements of each of those.
+        layer_sizes: of the layers whose weight gradients are fused.
+        network_sizes: of the steps with such layers.
     """
 
     networks: int
@@ -72,6 +76,8 @@ class Plan:
     exact_rounds: int
     policy_sizes: Sequence[StepSize]
     policy_rounds: int
+    layer_sizes: Sequence[LayerSize]
+    network_sizes: Sequence[NetworkSize]
 
 
 _BATCH, _MICRO_BATCHES = 16, (1, 2, 4, 16)
@@ -98,6 +104,23 @@ FULL = Plan(
     exact_rounds=7,
     policy_sizes=[StepSize(64, 64, 32)],
     policy_rounds=7,
+    layer_sizes=[
+        *(
+            LayerSize(outputs, inputs, rows)
+            for outputs, inputs in ((256, 256), (512, 512), (768, 768), (3072, 768), (4096, 4096))
+            for rows in (1, 4, 16, 64, 256)
+        ),
+        # Of ResNet-50's last stages.
+        *(
+            LayerSize(outputs, inputs, samples, pixels)
+            for outputs, inputs, pixels in ((512, 1024, 14), (2048, 512, 7), (512, 2048, 7))
+            for samples in (1, 2, 4, 16)
+        ),
+    ],
+    network_sizes=[
+        *(NetworkSize(4096, 16, micro_batch) for micro_batch in (1, 2, 4, 16)),
+        *(NetworkSize(384, 16, micro_batch, blocks=6) for micro_batch in (1, 2, 4, 16)),
+    ],
 )
 QUICK = Plan(
     networks=1,
@@ -114,12 +137,17 @@ QUICK = Plan(
     exact_rounds=3,
     policy_sizes=[StepSize(32, 8, 4)],
     policy_rounds=3,
+    layer_sizes=[LayerSize(1024, 1024, 16), LayerSize(512, 2048, 1, pixels=7)],
+    network_sizes=[NetworkSize(1024, 8, 2), NetworkSize(384, 8, 4, blocks=2)],
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
-_HOST_COUNTS = ("overhead", "step", "alternatives", "exact", "activations")
+_HOST_COUNTS = (
+    *("overhead", "step", "alternatives", "exact", "activations"),
+    *("weight gradients", "weight gradients, step"),
+)
 
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
@@ -215,6 +243,9 @@ def bench(
             ]
             print(f"\n{memory_table(memory)}")
             write_memory(output / f"{subject}_memory.csv", memory)
+    if "weight_gradients" in subjects:
+        makers = weight_gradients.cases(plan.layer_sizes, plan.network_sizes, device)
+        rows += _measure("weight_gradients", makers, plan.step_rounds, device, output)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")

@@ -2,6 +2,13 @@
 
 from .accumulators import Accumulators, autograd_can_accumulate
 from .finalise import Finaliser
+from .fused import FusedGradients
 from .hooks import GradientHooks
 
-__all__ = ["Accumulators", "Finaliser", "GradientHooks", "autograd_can_accumulate"]
+__all__ = [
+    "Accumulators",
+    "Finaliser",
+    "FusedGradients",
+    "GradientHooks",
+    "autograd_can_accumulate",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from .hooks import GradientHooks
+from .weight_gradient import Product, add_products
 
 # On CPU a gradient is added while it is still in the cache; only crumbs (biases, norms) wait for one
 # another, to share the cost of a call.
@@ -120,6 +121,29 @@ class Accumulators:
     def observe(self, observing: bool = True) -> None:
         """Whether passes collect statistics: from the last micro-batch on."""
         self._observing = observing
+
+    def add_products(self, index: int, products: Sequence[Product]) -> None:
+        """Adds the sum of these products, ``scale`` times: the gradient of a parameter with as many rows
+        and columns. Called in the backward pass, in place of all that autograd would bring for it."""
+        self._hooks.bypass(index)
+        if index in self._left_out:
+            return
+        if index in self._bucket:
+            self._flush()
+        parameter = self._parameters[index]
+        autograd_adds = index in self._hooks.unwatched
+        before = parameter.grad if autograd_adds else self._sums[index]
+        total = before
+        if total is None:
+            total = torch.empty_like(parameter, dtype=accumulator_dtype(parameter.dtype))
+        add_products(total.view(len(total), -1), products, self._scale, first_write=before is None)
+        if autograd_adds:
+            parameter.grad = total
+        else:
+            self._sums[index] = total
+        self.arrived.add(index)
+        # Where another part has come before this one, its statistics are not those of the sum.
+        self._observed_twice |= self._observed[index]
 
     def _add(self, index: int, gradient: Tensor) -> None:
         self._check_dense(index, gradient)

@@ -36,6 +36,8 @@ class GradientHooks:
         self.unwatched = set(range(len(parameters)))
         self._position_of = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._slot: list[Receiver | None] = [None]
+        # Parameters whose gradient went another way: autograd runs their hooks all the same.
+        self._bypassed: set[int] = set()
         # The closures must not own this object: a parameter would keep it alive for ever.
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _remove_all, self._handles)
@@ -44,7 +46,7 @@ class GradientHooks:
     def watch(self, positions: Iterable[int]) -> None:
         """Installs hooks where there are none yet."""
         for position in sorted(self.unwatched.intersection(positions)):
-            hook = _make_hook(position, self.names[position], self._slot)
+            hook = _make_hook(position, self.names[position], self._slot, self._bypassed)
             self._handles.append(self.parameters[position].register_post_accumulate_grad_hook(hook))
             self.unwatched.remove(position)
 
@@ -53,6 +55,7 @@ class GradientHooks:
         """While inside, every finished gradient of a watched parameter goes to
         ``receiver(position, gradient)`` and leaves ``p.grad``."""
         self._slot[0] = receiver
+        self._bypassed.clear()
         try:
             yield
         finally:
@@ -75,16 +78,32 @@ class GradientHooks:
             with torch.no_grad():
                 accumulate(gradient)
 
+    def bypass(self, position: int) -> None:
+        """The gradient of this parameter does not come through its hook, in this pass."""
+        self._bypassed.add(position)
+
+    def has_no_other_hook(self, position: int) -> bool:
+        """Whether nobody else has put a hook on the parameter, which would miss its gradient."""
+        parameter = self.parameters[position]
+        ours = 0 if position in self.unwatched else 1
+        return not parameter._backward_hooks and (
+            len(parameter._post_accumulate_grad_hooks or ()) == ours
+        )
+
     def remove(self) -> None:
         self._finalizer()
 
 
-def _make_hook(position: int, name: str, slot: list[Receiver | None]) -> Callable[[Tensor], None]:
+def _make_hook(
+    position: int, name: str, slot: list[Receiver | None], bypassed: set[int]
+) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         receiver = slot[0]
         if receiver is None:
             return
         gradient = parameter.grad
+        if gradient is None and position in bypassed:
+            return
         if gradient is None:
             raise RuntimeError(
                 f"another hook has taken the gradient of {name} (shape {tuple(parameter.shape)}) before "

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from .. import ops
 from ..memory.host_store import Held, HostStore
@@ -289,13 +289,18 @@ class ExactBatchNorm:
 
     # Backward
 
-    def backward(self, roots: Sequence[Roots]) -> None:
-        """Runs every micro-batch back from its ``roots``: tensors, and the gradient of each."""
+    def backward(self, roots: Sequence[Roots], prepare: Callable[[Iterable[Node]], None]) -> None:
+        """Runs every micro-batch back from its ``roots``: tensors, and the gradient of each.
+
+        Args:
+            prepare: is given the nodes of each micro-batch's graph before any of them runs.
+        """
         members = self._lockstep.members
         starts = []
         for graph, pairs in zip(self._graphs, roots, strict=True):
             starts.append([(get_gradient_edge(tensor), gradient) for tensor, gradient in pairs])
             graph.end_level([edge for edge, _ in starts[-1]])
+            prepare(graph.nodes())
             graph.close()
         del roots, pairs
         for member in members:

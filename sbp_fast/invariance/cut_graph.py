@@ -88,6 +88,10 @@ class CutGraph:
         """``output``, just computed, is where the graph goes on after this cut."""
         self._cuts[_node_of(output)] = cut
 
+    def nodes(self) -> list[Node]:
+        """All nodes, while forward is not over."""
+        return list(self._level_of)
+
     def close(self) -> None:
         """Forward is over. Forgets the nodes that only forward had to know, so that they can go."""
         self._level_of.clear()

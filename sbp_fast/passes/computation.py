@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.autograd.graph import Node
 
 from ..batches import MicroBatch, PyTree
 from ..forward import Forward, Roots, backward_context
+from ..gradients import FusedGradients
 from ..invariance.cross_sample import Joint, detached
 from ..invariance.sampling import Sampling
 from ..large_batch import LargeBatch
@@ -27,6 +29,7 @@ class Computation:
     large_batch: LargeBatch
     sampling: Sampling
     grad_scaler: GradScaler | None
+    fused: FusedGradients
 
     def take_share(self, micro_batch: MicroBatch) -> tuple[int, Weight]:
         """The index of its first sample in the large batch, and its share of the loss."""
@@ -41,7 +44,7 @@ class Computation:
         loss = self.forward.loss(joint.tree, detached(targets.tree))
         self.large_batch.add_loss(loss, 1.0)
         with self.collecting():
-            run_back(self.roots(loss, 1.0))
+            self.run_back(self.roots(loss, 1.0))
         return joint
 
     def roots(self, loss: Tensor, seed: Weight) -> Roots:
@@ -49,6 +52,16 @@ class Computation:
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         return [(loss, _as_gradient(seed, loss))]
+
+    def run_back(self, roots: Roots) -> None:
+        """The backward pass from these tensors, each with its gradient."""
+        tensors, gradients = zip(*roots, strict=True)
+        self.fused.from_roots(tensors, self.large_batch.accumulators)
+        torch.autograd.backward(tensors, gradients)
+
+    def fuse_all(self, nodes: Iterable[Node]) -> None:
+        """For graphs that run in parts, where all begin again if memory runs out."""
+        self.fused.from_nodes(nodes, self.large_batch.accumulators)
 
     @contextmanager
     def collecting(
@@ -61,11 +74,6 @@ class Computation:
             backward_context(self.device.type),
         ):
             yield
-
-
-def run_back(roots: Roots) -> None:
-    """The backward pass from these tensors, each with its gradient."""
-    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
 
 
 def is_nothing(share: Weight) -> bool:

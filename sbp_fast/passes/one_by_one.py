@@ -19,7 +19,7 @@ from ..loss import Weight
 from ..memory.out_of_memory import NothingSmallerError, is_out_of_memory, release
 from ..splitting import Splitting
 from ..streaming import Arrival
-from .computation import Computation, is_nothing, run_back
+from .computation import Computation, is_nothing
 from .reentrant import arrives_in_parts
 
 
@@ -135,7 +135,7 @@ def _compute(piece: _Piece, computation: Computation) -> None:
     scale, seed = (float(piece.share), 1.0) if narrow else (1.0, piece.share)
     with computation.collecting(scale, piece.left_out):
         try:
-            run_back(computation.roots(loss, seed))
+            computation.run_back(computation.roots(loss, seed))
         except Exception as error:
             if is_out_of_memory(error) and arrives_in_parts(loss):
                 raise NothingSmallerError(

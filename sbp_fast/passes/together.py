@@ -67,5 +67,5 @@ def compute_together(
             roots_of(outputs, joint.gradients(position)) for position, outputs in enumerate(results)
         ]
     with computation.collecting():
-        together.backward(results)
+        together.backward(results, computation.fuse_all)
     store.bring_back_all()

@@ -9,7 +9,7 @@ import torch
 from ..batches import MicroBatch, copied
 from ..buffers import Buffers
 from ..invariance.cross_sample import check_same_outputs, detached, roots_of
-from .computation import Computation, run_back
+from .computation import Computation
 
 
 def compute_twice(
@@ -50,6 +50,6 @@ def compute_twice(
         del again
         if roots:
             with computation.collecting():
-                run_back(roots)
+                computation.run_back(roots)
         computation.large_batch.count(micro_batch.samples)
     check_same_outputs(differ)

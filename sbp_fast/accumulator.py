@@ -14,8 +14,8 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
-from .activations import activations_of
-from .batches import MicroBatch, PyTree, cut, is_stream, split, split_stream, whole_of
+from .activations import Automatic, activations_of
+from .batches import MicroBatch, PyTree, begun, cut, is_stream, split, split_stream, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
@@ -90,7 +90,9 @@ class StreamedAccumulator:
             batches joined along the first dimension: for losses that compare samples.
         activations: ``"keep"``: they live from forward to backward. ``"recompute"``: the model's repeated
             blocks keep their inputs alone and are computed again in backward; ``"offload"``: what the
-            backward pass needs waits in pinned host memory. The gradient is the same.
+            backward pass needs waits in pinned host memory. ``"auto"``: kept where a plan says that it
+            fits into ``memory_budget`` or the free CUDA memory, else as few blocks computed again as must
+            be, else offloaded; on a CPU without a budget, kept. The gradient is the same.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
@@ -118,7 +120,7 @@ class StreamedAccumulator:
         batch_norm: str = "exact",
         dropout: str = "per_sample",
         cross_sample_loss: bool = False,
-        activations: str = "keep",
+        activations: str = "auto",
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
@@ -150,7 +152,8 @@ class StreamedAccumulator:
         self._wanted_size = options.check_micro_batch_size(micro_batch_size)
         self._size = MicroBatchSize(self._wanted_size or 1)
         self._plan_options = {
-            **{"policy": activations, "batch_norm": batch_norm, "dropout": dropout},
+            **{"activations": activations, "host_budget": self._host_budget},
+            **{"batch_norm": batch_norm, "dropout": dropout},
             **{"cross_sample_loss": cross_sample_loss, "autocast": autocast, "backend": backend},
         }
         self._contract = (
@@ -323,7 +326,9 @@ class StreamedAccumulator:
                 shares.start_over()
 
             def begin() -> Computation:
-                large_batch = LargeBatch(shares, self._new_accumulators(), meter)
+                large_batch = LargeBatch(
+                    shares, self._new_accumulators(), meter, str(self._activations)
+                )
                 return Computation(
                     self._device, self._forward, large_batch, sampling, self._grad_scaler
                 )
@@ -405,13 +410,20 @@ class StreamedAccumulator:
                 "(inputs, targets)"
             )
         items = split_stream(inputs, sys.maxsize, with_targets=with_targets)
-        return (piece for item in items for piece in cut(item, self._size_for(item))), shares
+        pieces = (piece for item in items for piece in cut(item, self._size_for(item)))
+        # What becomes of activations is decided at the first, before any is computed.
+        return (begun(pieces) if self._chooses_activations() else pieces), shares
 
     def _size_for(self, whole: MicroBatch) -> int:
         """Samples of it that are computed at once."""
-        if self._wanted_size is None:
+        if self._wanted_size is None or self._chooses_activations():
             self._size.want(self._sizes().size_for(whole))
         return self._size.current
+
+    def _chooses_activations(self) -> bool:
+        """Whether there is a choice: on a CPU without a budget, all are kept."""
+        is_bounded = self._memory_budget is not None or self._device.type == "cuda"
+        return is_bounded and isinstance(self._activations, Automatic)
 
     def _sizes(self) -> AutomaticSize:
         # Here, since plans are made by accumulators.
@@ -420,7 +432,7 @@ class StreamedAccumulator:
         if self._automatic is None:
             self._automatic = AutomaticSize(
                 *(self._model, self._loss_fn, self._optimizer, self._device),
-                *(self._memory_budget, self._plan_options),
+                *(self._memory_budget, self._wanted_size, self._activations, self._plan_options),
             )
         return self._automatic
 

@@ -28,14 +28,14 @@ _LEAST_SHARE = 1e-9
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Of one block, in the forward pass of a few samples.
+    """Of one block, in the forward pass.
 
     Attributes:
-        saved_bytes: what is alive because of it when it has been computed, beside its outputs.
+        saved_bytes: what is alive for each sample when it has been computed, beside its outputs.
         share: of the time of the whole forward pass.
     """
 
-    saved_bytes: int
+    saved_bytes: float
     share: float
 
 
@@ -76,10 +76,10 @@ class Weighing:
     _saved: dict[nn.Module, int] = field(default_factory=dict)
     _work: dict[nn.Module, float] = field(default_factory=dict)
 
-    def costs(self) -> dict[nn.Module, BlockCost]:
-        """Of each block by its key, in the order in which they were first called."""
+    def costs(self, samples: int) -> dict[nn.Module, BlockCost]:
+        """After so many samples: of each block by its key, in the order in which they were called."""
         return {
-            key: BlockCost(saved, self._work[key] / max(self.work, 1.0))
+            key: BlockCost(saved / samples, self._work[key] / max(self.work, 1.0))
             for key, saved in self._saved.items()
         }
 

@@ -129,7 +129,7 @@ class FakeSteps:
         with self._accumulator.treating(weighing):
             self._step(2, 2)
         original_of = {copied: original for original, copied in self._copy_of.items()}
-        return {original_of[key]: cost for key, cost in weighing.costs().items()}
+        return {original_of[key]: cost for key, cost in weighing.costs(samples=2).items()}
 
     def writes(self) -> dict[nn.Module, bool]:
         """By key, whether a block changes its inputs in place, of those that have been computed again."""

@@ -162,23 +162,25 @@ class PolicyPeaks:
         return self._at(policy, best_micro_batch_size(self.batch_size, largest))
 
     def _fewest(self, size: int, budget: int) -> Choice | None:
-        """With as few blocks computed again as there must be: one less would not fit."""
-        if not self._worth:
-            return None
-        best = self._at(self._all, size)
-        if best.peak.device_bytes > budget:
-            return None
-        too_few, enough = 0, len(self._worth)
-        estimate = self._estimated_count(size, budget)
+        """With as few blocks computed again as there must be: one less would not fit. It is known that
+        none does not."""
+        most = len(self._worth)
+        too_few, enough, best = 0, most + 1, None
+        count, step = max(self._estimated_count(size, budget), 1), 1
         while enough - too_few > 1:
-            # The estimate is often right, and then two readings are all it takes.
-            near = (estimate, estimate - 1, estimate + 1, (too_few + enough) // 2)
-            count = next(count for count in near if too_few < count < enough)
             choice = self._at(self._recomputing(count), size)
             if choice.peak.device_bytes <= budget:
                 best, enough = choice, count
             else:
                 too_few = count
+            # From the estimate outwards in growing steps, and then between the nearest on either side.
+            if best is None:
+                count = min(too_few + step, most)
+            elif too_few == 0:
+                count = max(enough - step, 1)
+            else:
+                count = (too_few + enough) // 2
+            step *= 2
         return best
 
     def _estimate(self, size: int, budget: int) -> Policy:
@@ -187,12 +189,9 @@ class PolicyPeaks:
 
     def _estimated_count(self, size: int, budget: int) -> int:
         """How many blocks must be computed again, if what each saves adds up."""
-        kept, least = (
-            self.under(policy).predict(size).device_bytes for policy in (KEEP, self._all)
-        )
-        saved = [self._costs[key].saved_bytes for key in self._worth]
-        missing = sum(saved) * (kept - budget) / max(kept - least, 1)
-        return min(bisect_left([0, *accumulate(saved)], missing), len(saved))
+        missing = self.under(KEEP).predict(size).device_bytes - budget
+        saved = (self._costs[key].saved_bytes * size for key in self._worth)
+        return min(bisect_left([0, *accumulate(saved)], missing), len(self._worth))
 
     def _at(self, policy: Policy, size: int) -> Choice:
         return Choice(policy, size, self.under(policy).measure(size))

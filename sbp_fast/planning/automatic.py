@@ -96,7 +96,7 @@ class AutomaticSize:
         limit = self._budget or _available(self._device)
         if self._wanted is not None:
             size = min(self._wanted, batch_size)
-            choice = peaks.best_at(size, limit) or peaks.least_at(size)
+            choice = peaks.best_at(size, limit)
         else:
             best = peaks.best(limit) if bound_to is None else peaks.largest(bound_to, limit)
             if best is None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..activations.blocks import Blocks
 from ..activations.policy import Meets
@@ -120,6 +119,10 @@ class _Work(TorchDispatchMode):
 
     def __init__(self, weighing: Weighing) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        # Here, since it comes with Triton.
+        from torch.utils.flop_counter import flop_registry
+
+        self._counts = flop_registry
         self._weighing = weighing
         self._operations_per_byte = _OPERATIONS_PER_BYTE[weighing.device_type]
 
@@ -134,7 +137,7 @@ class _Work(TorchDispatchMode):
         outputs = func(*args, **kwargs)
         if self._weighing.is_forward() and not is_pure_view(func):
             self._weighing.work += sum(t.nbytes for t in _tensors((args, kwargs, outputs)))
-            count = flop_registry.get(func.overloadpacket)
+            count = self._counts.get(func.overloadpacket)
             if count is not None:
                 operations = count(*args, **kwargs, out_val=outputs)
                 self._weighing.work += operations / self._operations_per_byte

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -116,28 +116,22 @@ class PolicyPeaks:
             if self._is_shorter(self._estimate(size, budget), size, choice):
                 choice = self._fewest(size, budget) or most
         # 3. Or offload, unless that is longer even with the whole batch at once.
-        for policy in self._last:
-            if self._is_shorter(policy, self.batch_size, choice):
-                other = self.largest(policy, budget)
-                if other and self._is_shorter(policy, other.micro_batch_size, choice):
-                    choice = other
+        if OFFLOAD in self.policies and self._is_shorter(OFFLOAD, self.batch_size, choice):
+            other = self.largest(OFFLOAD, budget)
+            if other and self._is_shorter(OFFLOAD, other.micro_batch_size, choice):
+                choice = other
         return choice
 
-    def best_at(self, size: int, budget: int) -> Choice | None:
-        """The shortest step of this micro-batch size within so many bytes; None where there is none."""
+    def best_at(self, size: int, budget: int) -> Choice:
+        """The shortest step of this micro-batch size within so many bytes, or where there is none what
+        needs the least: offloading, where computing blocks again does not do."""
         kept = self._at(KEEP, size)
         if kept.peak.device_bytes <= budget:
             return kept
-        fewest = self._fewest(size, budget)
-        if fewest is not None:
-            return fewest
-        others = (self._at(policy, size) for policy in self._last)
-        return next((one for one in others if one.peak.device_bytes <= budget), None)
-
-    def least_at(self, size: int) -> Choice:
-        """What needs the least at this micro-batch size."""
-        choices = [self._at(policy, size) for policy in self.policies]
-        return min(choices, key=lambda choice: choice.peak.device_bytes)
+        choices = (self._at(policy, size) for policy in self.policies)
+        return self._fewest(size, budget) or min(
+            choices, key=lambda choice: choice.peak.device_bytes
+        )
 
     def least(self) -> Choice:
         """What needs the least of all."""
@@ -148,10 +142,6 @@ class PolicyPeaks:
     def writes(self) -> Mapping[nn.Module, bool]:
         """By key, whether a block changes its inputs in place, as far as that was seen."""
         return self._steps.writes()
-
-    @property
-    def _last(self) -> Sequence[Policy]:
-        return [policy for policy in self.policies if policy == OFFLOAD]
 
     def largest(self, policy: Policy, budget: int) -> Choice | None:
         """The fewest micro-batches under this policy within so many bytes, as even as they come."""

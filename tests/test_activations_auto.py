@@ -114,7 +114,6 @@ class TestWantedSize:
         oracle = full_batch(model, nn.CrossEntropyLoss(), *batch())
         accumulator = automatic_for(model, budget)
         result = accumulator.backward(*batch())
-        # In the first step already, which does not know yet whether blocks change their inputs.
         assert result.micro_batches == SAMPLES // MICRO
         assert result.peak_bytes <= budget
         assert_gradients_match(gradients_of(model), oracle.gradients, STEP)
@@ -124,6 +123,14 @@ class TestWantedSize:
         for key in policy.recomputed:
             without = Policy("recompute", policy.recomputed - {key}, BLOCKS)
             assert peak_under(without, model=model) > budget
+
+    def test_the_first_step_copies_no_inputs_of_blocks(self) -> None:
+        """A step that nobody has planned does, until it is seen that none changes them."""
+        samples = 256
+        budget = peak_under(Policy("recompute"), samples, samples=samples)
+        result = automatic_for(network(), budget, samples).backward(*batch(samples))
+        assert result.activations.startswith("recompute")
+        assert result.micro_batches == 1
 
     def test_what_no_block_holds_is_offloaded(self) -> None:
         model = Outside()
@@ -241,11 +248,12 @@ class Known:
     waits_for_all = meets = False
     blocks = 8
 
-    def __init__(self) -> None:
+    def __init__(self, claimed: float = 1.0) -> None:
+        self.claimed = claimed
         self.keys: list[nn.Module] = [nn.Identity() for _ in range(self.blocks)]
 
     def block_costs(self) -> dict[nn.Module, BlockCost]:
-        return {key: BlockCost(1.0, 1 / self.blocks) for key in self.keys}
+        return {key: BlockCost(self.claimed, 1 / self.blocks) for key in self.keys}
 
     def read(self, policy: Policy, size: int, samples: int) -> Reading:
         again = self.blocks if policy.recomputed is None else len(policy.recomputed)
@@ -272,13 +280,15 @@ def test_the_shortest_step_of_known_ones(budget: int, expected: str) -> None:
     assert (str(least.policy), least.peak.device_bytes) == ("offload", 1001)
 
 
+@pytest.mark.parametrize("claimed", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [(1060, "keep"), (1059, "recompute 1 of 8 blocks"), (1018, "recompute 7 of 8 blocks"),
      (1012, "recompute"), (1011, "offload"), (1000, "offload")],
 )  # fmt: skip
-def test_the_policy_for_a_known_size(budget: int, expected: str) -> None:
-    peaks = PolicyPeaks(cast(FakeSteps, Known()), 24, "auto")
+def test_the_policy_for_a_known_size(budget: int, expected: str, claimed: float) -> None:
+    """Whether blocks save what they seemed to, or less, or more."""
+    peaks = PolicyPeaks(cast(FakeSteps, Known(claimed)), 24, "auto")
     assert str(peaks.best_at(6, budget).policy) == expected
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
-from .activations import activations_of
+from .activations import Automatic, activations_of
 from .batches import MicroBatch, PyTree, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
@@ -100,7 +100,10 @@ class StreamedAccumulator:
             batches joined along the first dimension: for losses that compare samples.
         activations: ``"keep"``: they live from forward to backward. ``"recompute"``: the model's repeated
             blocks keep their inputs alone and are computed again in backward; ``"offload"``: what the
-            backward pass needs waits in pinned host memory. The gradient is the same.
+            backward pass needs waits in pinned host memory. ``"auto"``: kept where a plan says that it
+            fits into ``memory_budget`` or the free CUDA memory, else as few blocks computed again as must
+            be, else offloaded; kept on a CPU without a budget, and with a ``micro_batch_cost``. The
+            gradient is the same.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
@@ -129,7 +132,7 @@ class StreamedAccumulator:
         batch_norm: str = "exact",
         dropout: str = "per_sample",
         cross_sample_loss: bool = False,
-        activations: str = "keep",
+        activations: str = "auto",
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
@@ -159,14 +162,12 @@ class StreamedAccumulator:
         self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
         self._update = Update(optimizer, grad_scaler)
-        self._splitting = Splitting(
-            loss_fn,
-            options.check_micro_batch_size(micro_batch_size, micro_batch_cost)
-            or (lambda whole: self._sizes().size_for(whole)),
-            micro_batch_cost,
-        )
+        self._wanted_size = options.check_micro_batch_size(micro_batch_size, micro_batch_cost)
+        self._has_cost = micro_batch_cost is not None
+        self._splitting = Splitting(loss_fn, self._size_for, micro_batch_cost)
         self._plan_options = {
-            **{"policy": activations, "batch_norm": batch_norm, "dropout": dropout},
+            **{"activations": activations, "host_budget": self._host_budget},
+            **{"batch_norm": batch_norm, "dropout": dropout},
             **{"cross_sample_loss": cross_sample_loss, "autocast": autocast, "backend": backend},
         }
         self._contract = (
@@ -344,7 +345,9 @@ class StreamedAccumulator:
                 shares.start_over()
 
             def begin() -> Computation:
-                large_batch = LargeBatch(shares, self._new_accumulators(), meter)
+                large_batch = LargeBatch(
+                    shares, self._new_accumulators(), meter, str(self._activations)
+                )
                 return Computation(
                     *(self._device, self._forward, large_batch, sampling),
                     *(self._grad_scaler, self._fused),
@@ -417,6 +420,18 @@ class StreamedAccumulator:
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
         return store
 
+    def _size_for(self, whole: MicroBatch) -> int:
+        """Samples of it that are computed at once; what becomes of activations is decided with it."""
+        if self._wanted_size is None or self._chooses_activations():
+            return self._sizes().size_for(whole)
+        return self._wanted_size
+
+    def _chooses_activations(self) -> bool:
+        """Whether there is a choice: on a CPU without a budget, and where samples differ in cost, all are
+        kept."""
+        is_bounded = self._memory_budget is not None or self._device.type == "cuda"
+        return is_bounded and isinstance(self._activations, Automatic) and not self._has_cost
+
     def _sizes(self) -> AutomaticSize:
         # Here, since plans are made by accumulators.
         from .planning.automatic import AutomaticSize
@@ -424,7 +439,7 @@ class StreamedAccumulator:
         if self._automatic is None:
             self._automatic = AutomaticSize(
                 *(self._model, self._loss_fn, self._optimizer, self._device),
-                *(self._memory_budget, self._plan_options),
+                *(self._memory_budget, self._wanted_size, self._activations, self._plan_options),
             )
         return self._automatic
 

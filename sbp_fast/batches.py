@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,11 @@ def split_stream(
             "the stream of micro-batches is empty; a large batch needs at least one sample "
             "(a generator that has already been consumed gives nothing a second time)"
         )
+
+
+def begun(stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same stream, of which the first micro-batch has been taken already."""
+    return chain((next(stream),), stream)
 
 
 def cut(micro_batch: MicroBatch, size: int) -> list[MicroBatch]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .batches import MicroBatch, PyTree, cut, is_stream, part_of, split, split_stream
+from .batches import MicroBatch, PyTree, begun, cut, is_stream, part_of, split, split_stream
 from .loss import Shares
 from .memory.micro_batch_size import MicroBatchSize
 
@@ -54,7 +54,8 @@ class Splitting:
                     "pairs (inputs, targets)"
                 )
             items = split_stream(inputs, sys.maxsize, with_targets=self._with_targets)
-            return (piece for item in items for piece in self._cut_anew(item))
+            # What becomes of activations is decided at the first, before any is computed.
+            return begun(piece for item in items for piece in self._cut_anew(item))
         (whole,) = split(inputs, targets, sys.maxsize, with_targets=self._with_targets)
         micro_batches = self._cut_anew(whole)
         shares.announce(micro_batches)

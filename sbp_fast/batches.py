@@ -1,8 +1,8 @@
 """Splits a large batch into micro-batches.
 
-A batch is a pytree: tensors and NumPy arrays (memory-mapped ones included) in dicts, lists, tuples or
-named tuples, nested as one likes. Their first dimension counts the samples. Everything else in the
-tree, and tensors of no dimension, go to every micro-batch as they are.
+A batch is a pytree: tensors, NumPy arrays (memory-mapped ones included) and `Rows` in dicts, lists,
+tuples or named tuples, nested as one likes. Their first dimension counts the samples. Everything else in
+the tree, and tensors of no dimension, go to every micro-batch as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .data.rows import Rows
 
 PyTree = Any
 
@@ -199,19 +201,30 @@ def first_samples(micro_batch: MicroBatch, most: int) -> MicroBatch:
 
 def has_samples(leaf: Any) -> bool:
     """True where the leaf's first dimension counts samples."""
-    return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
+    return isinstance(leaf, (Tensor, np.ndarray, Rows)) and leaf.ndim > 0
 
 
-def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor over a NumPy array's rows. Copied where the array cannot be written (memory maps) or
-    runs backwards, neither of which a tensor can."""
-    if (
-        not array.flags.writeable
-        or isinstance(array, np.memmap)
-        or min(array.strides, default=0) < 0
-    ):
-        array = np.array(array, order="C")
-    return torch.from_numpy(array)
+def as_tensor(leaf: np.ndarray[Any, Any] | Rows) -> Tensor:
+    """Rows, gathered; or a tensor over a NumPy array's memory, copied where that cannot be viewed."""
+    if isinstance(leaf, Rows):
+        return leaf.gather()
+    if not can_be_viewed(leaf):
+        leaf = np.array(leaf, order="C")
+    return torch.from_numpy(leaf)
+
+
+def can_be_viewed(array: np.ndarray[Any, Any]) -> bool:
+    """Not where the array cannot be written (memory maps) or runs backwards: no tensor can."""
+    return (
+        array.flags.writeable
+        and not isinstance(array, np.memmap)
+        and min(array.strides, default=0) >= 0
+    )
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """With tensors for all `Rows`."""
+    return pytree.tree_map_only(Rows, Rows.gather, tree)
 
 
 def _plain(tree: PyTree) -> PyTree:

@@ -31,6 +31,7 @@ from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, w
 from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.step import StepSize
 from sbp_fast.bench.stream_ceiling import FLOATS_MOVED, Ceilings
+from sbp_fast.bench.streaming import StreamSize
 from sbp_fast.bench.tensor_lists import TensorSets, make_set, make_sets
 from sbp_fast.bench.timing import Spread, measure, stopwatch_for
 
@@ -47,6 +48,7 @@ TINY_PLAN = cli.Plan(
     exact_rounds=2,
     policy_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     policy_rounds=2,
+    stream_sizes=[StreamSize(rows=16, row_bytes=64, batch=6, micro_batch=4, hidden=8)],
 )
 
 
@@ -447,7 +449,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
-        "batch norm", "dropout", "exact", "activations",
+        "batch norm", "dropout", "exact", "activations", "streaming",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:

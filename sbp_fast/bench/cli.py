@@ -20,6 +20,7 @@ from . import (
     kernels,
     plots,
     step,
+    streaming,
 )
 from .activations import Activation
 from .case import Case
@@ -27,9 +28,10 @@ from .memory import memory_table, write_memory
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
 from .step import StepSize
+from .streaming import StreamSize
 from .timing import stopwatch_for
 
-SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations")
+SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations", "streaming")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Plan:
         exact_rounds: measurements of each of those.
         policy_sizes: of the steps in which activations are kept, recomputed and offloaded.
         policy_rounds: measurements of each of those.
+        stream_sizes: of the steps on rows out of a file.
     """
 
     networks: int
@@ -58,6 +61,7 @@ class Plan:
     exact_rounds: int
     policy_sizes: Sequence[StepSize]
     policy_rounds: int
+    stream_sizes: Sequence[StreamSize]
 
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -79,6 +83,8 @@ FULL = Plan(
     exact_rounds=7,
     policy_sizes=[StepSize(64, 64, 32)],
     policy_rounds=7,
+    # Gathering takes less than computing in the first, and about as long in the second.
+    stream_sizes=[StreamSize(4096, 64 * 1024, 512, 64, hidden) for hidden in (512, 64)],
 )
 QUICK = Plan(
     networks=1,
@@ -91,12 +97,13 @@ QUICK = Plan(
     exact_rounds=3,
     policy_sizes=[StepSize(32, 8, 4)],
     policy_rounds=3,
+    stream_sizes=[StreamSize(1024, 16 * 1024, 128, 32, 128)],
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
-_HOST_COUNTS = ("overhead", "step", "exact", "activations")
+_HOST_COUNTS = ("overhead", "step", "exact", "activations", "streaming")
 
 # Load average above which others are at work. Those who start the benchmark leave some load themselves.
 _MOST_LOAD = 0.7
@@ -187,6 +194,9 @@ def bench(
             ]
             print(f"\n{memory_table(memory)}")
             write_memory(output / f"{subject}_memory.csv", memory)
+    if "streaming" in subjects:
+        makers = streaming.cases(plan.stream_sizes, device)
+        rows += _measure("streaming", makers, plan.step_rounds, device, output)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
@@ -212,7 +222,7 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    without_plot = {"exact": None, "activations": None}
+    without_plot = dict.fromkeys(("exact", "activations", "streaming"))
     draw = {**without_plot, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
     if draw is None:
         return rows

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .data.rows import Rows
+from .host_memory import host_memory
 
 PyTree = Any
 
@@ -26,7 +27,8 @@ class MicroBatch:
     """One piece of a large batch, still where the large batch lies.
 
     ``cut_from``: the inputs and targets, of a large batch or of one item of a stream, whose rows these
-    are; None once they have left for a device. ``borrowed``: their memory is the caller's.
+    are; None once they have left for a device. ``borrowed``: their memory is the caller's, or host memory
+    of the stream's, and no memory of the device.
     """
 
     inputs: PyTree
@@ -207,7 +209,8 @@ def has_samples(leaf: Any) -> bool:
 def as_tensor(leaf: np.ndarray[Any, Any] | Rows) -> Tensor:
     """Rows, gathered; or a tensor over a NumPy array's memory, copied where that cannot be viewed."""
     if isinstance(leaf, Rows):
-        return leaf.gather()
+        with host_memory():
+            return leaf.gather()
     if not can_be_viewed(leaf):
         leaf = np.array(leaf, order="C")
     return torch.from_numpy(leaf)
@@ -224,7 +227,7 @@ def can_be_viewed(array: np.ndarray[Any, Any]) -> bool:
 
 def gathered(tree: PyTree) -> PyTree:
     """With tensors for all `Rows`."""
-    return pytree.tree_map_only(Rows, Rows.gather, tree)
+    return pytree.tree_map_only(Rows, as_tensor, tree)
 
 
 def _plain(tree: PyTree) -> PyTree:

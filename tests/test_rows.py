@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from sbp_fast import StreamedAccumulator, plan, verify
 from sbp_fast.batches import count_samples, is_stream, split
 from sbp_fast.data import Rows
-from sbp_fast.memory import LiveBytes
 from sbp_fast.ops.native import load_prefetch
 from sbp_fast.streaming import Prefetcher
 
@@ -287,17 +286,36 @@ class TestSlots:
         assert isinstance(ring, Prefetcher)
         assert not any(slot._arrivals for slot in ring._slots)
 
-    def test_slots_count_as_memory(self) -> None:
-        images, labels, index = data_set()
-        model = net().float()
-        loss_fn = nn.CrossEntropyLoss()
-        accumulator = accumulator_for(model, 5, probe=False, loss_fn=loss_fn)
-        accumulator.step(images[index], labels[index])
-        with LiveBytes() as counter:
-            accumulator.step(images[index], labels[index])
-            without = counter.live_bytes
-            accumulator.step(Rows(images, index), labels[index])
-        assert counter.live_bytes - without == 2 * 5 * images[0].nbytes
+
+@pytest.mark.parametrize("budget", [30_000, 45_000, 200_000])
+@pytest.mark.parametrize("where", ["rows", "memmap"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_budget_allows_as_much_as_for_tensors(
+    budget: int, where: str, batch_norm: bool, tmp_path: Path
+) -> None:
+    """The large batch is host memory, and its rows are, wherever they lie."""
+    images = torch.randn(64, 3, 32, 32)
+    labels = torch.randint(0, 4, (64,))
+
+    def sizes_and_peaks(x: Any) -> list[tuple[int, int]]:
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=8),
+            nn.BatchNorm2d(4) if batch_norm else nn.Identity(),
+            nn.Flatten(),
+            nn.Linear(64, 4),
+        )
+        accumulator = StreamedAccumulator(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            nn.CrossEntropyLoss(),
+            memory_budget=budget,
+        )
+        results = [accumulator.step(x, labels) for _ in range(2)]
+        return [(result.micro_batch_size, result.peak_bytes) for result in results]
+
+    rows = Rows(images, torch.arange(64)) if where == "rows" else on_disk(images, tmp_path)
+    assert sizes_and_peaks(rows) == sizes_and_peaks(images)
 
 
 class TestRows:
@@ -422,10 +440,3 @@ def test_plans_and_certificates_take_rows() -> None:
         plan(model, loss_fn, (images[index], labels[index]), **arguments)
     )
     assert verify(model, loss_fn, x, y, micro_batch_sizes=[3]).holds
-
-
-def test_automatic_sizes_within_a_budget() -> None:
-    images, labels, index = data_set()
-    model = net().float()
-    accumulator = accumulator_for(model, 3, loss_fn=nn.CrossEntropyLoss(), memory_budget="1MiB")
-    assert accumulator.step(Rows(images, index), Rows(labels, index)).samples == SAMPLES

@@ -8,6 +8,7 @@ index, from a mapped file) are gathered into slots; all others stay views of the
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..batches import can_be_viewed
 from ..data.rows import Rows
+from ..host_memory import host_memory
 from ..ops.native import cuda_engine, load_cuda, load_prefetch, prefetch_module
 from .pinned_ring import PinnedRing
 from .rows_in_memory import RowsInMemory, rows_in_memory
@@ -137,7 +139,10 @@ class Prefetcher:
         return self._slot.staging(rows.nbytes).data_ptr()
 
     def _fresh(self, rows: RowsInMemory) -> Tensor:
-        return torch.empty_strided(rows.shape, rows.strides, dtype=rows.dtype, device=self._device)
+        with nullcontext() if self._travels else host_memory():
+            return torch.empty_strided(
+                rows.shape, rows.strides, dtype=rows.dtype, device=self._device
+            )
 
     def _engine(self) -> Any:
         if not self._travels:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from ..host_memory import host_memory
 from .rows_in_memory import RowsInMemory
 
 
@@ -63,7 +66,8 @@ class Slot:
         return self._staging[position]
 
     def _storage(self, nbytes: int) -> torch.UntypedStorage:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device).untyped_storage()
+        with host_memory() if self._device.type == "cpu" else nullcontext():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device).untyped_storage()
 
 
 def _users(storage: torch.UntypedStorage) -> int:

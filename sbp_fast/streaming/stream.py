@@ -127,6 +127,7 @@ def moved(micro_batch: MicroBatch, device: torch.device, ring: Ring | None = Non
     def move(leaf: Any) -> Any:
         nonlocal borrowed
         if ring is not None and ring.takes(leaf):
+            borrowed |= device.type == "cpu"
             return ring.send(leaf)
         if isinstance(leaf, (np.ndarray, Rows)):
             leaf = as_tensor(leaf)

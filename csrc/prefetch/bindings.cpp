@@ -58,17 +58,20 @@ PYBIND11_MODULE(prefetch, module) {
              if (slow != "main" && slow != "side") {
                throw py::value_error("slow is '" + slow + "'; it must be 'main' or 'side'");
              }
-             return std::make_shared<HostEngine>(slow == "main" ? HostEngine::kMain
-                                                                : HostEngine::kSide);
+             return std::make_shared<HostEngine>(slow == "main" ? HostStreams::kMain
+                                                                : HostStreams::kSide);
            }),
            py::arg("slow"))
       .def(
           "read",
           [](HostEngine& engine, uintptr_t result, uintptr_t device, int64_t bytes) {
-            engine.read(pointer(result), pointer(device), bytes);
+            // Computes: reads device memory when the main stream's turn comes.
+            engine.streams().run(HostStreams::kMain, [=] {
+              std::memcpy(pointer(result), pointer(device), static_cast<size_t>(bytes));
+            });
           },
           py::arg("result"), py::arg("device"), py::arg("bytes"))
-      .def("synchronize", &HostEngine::synchronize);
+      .def("synchronize", [](HostEngine& engine) { engine.streams().synchronize(); });
 
   py::class_<Ring, std::unique_ptr<Ring, EndWithoutGil>>(module, "Ring")
       .def(py::init([](std::shared_ptr<Engine> engine) {

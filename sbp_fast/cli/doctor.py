@@ -94,7 +94,9 @@ def _environment() -> dict[str, str]:
 
 
 # What becomes of micro-batches without it.
-_WITHOUT = {"prefetch": "; micro-batches on the CPU are gathered when they are needed"}
+_WITHOUT = {
+    "prefetch": "; the training thread gathers micro-batches, on the CPU when their turn comes"
+}
 
 
 def _describe_library(name: str) -> str:

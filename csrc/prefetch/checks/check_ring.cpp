@@ -1,103 +1,11 @@
 // The ring under the sanitizers: the three orders with a stream that is late, many micro-batches of
 // many sizes, errors, and rings that end in the middle of their work.
-#include <cstdio>
-#include <cstdlib>
-#include <numeric>
-
 #include "../host_engine.h"
+#include "orders.h"
 
 using namespace sbp_fast::prefetch;
 
 namespace {
-
-void expect(bool holds, const char* what, int64_t number) {
-  if (holds) return;
-  std::fprintf(stderr, "%s: micro-batch %lld\n", what, static_cast<long long>(number));
-  std::exit(1);
-}
-
-// 97 rows of five numbers, each its own, in memory that ends where the last one ends.
-constexpr int64_t kLength = 97, kColumns = 5;
-
-std::vector<int64_t> make_source() {
-  std::vector<int64_t> source(kLength * kColumns);
-  std::iota(source.begin(), source.end(), 1000);
-  return source;
-}
-
-struct MicroBatch {
-  std::vector<int64_t> index;
-  std::vector<int64_t> gathered, device, result;
-};
-
-MicroBatch make_micro_batch(int64_t number) {
-  MicroBatch made;
-  for (int64_t i = 0; i < 1 + number % 7; ++i)
-    made.index.push_back((number * 31 + i * 17) % kLength);
-  for (auto* memory : {&made.gathered, &made.device, &made.result}) {
-    memory->resize(made.index.size() * kColumns);
-  }
-  return made;
-}
-
-Piece piece_of(const std::vector<int64_t>& source, const MicroBatch& micro_batch) {
-  Piece piece;
-  piece.rows.first = reinterpret_cast<const char*>(source.data());
-  piece.rows.length = kLength;
-  piece.rows.stride = piece.rows.run = kColumns * static_cast<int64_t>(sizeof(int64_t));
-  piece.rows.index = micro_batch.index.data();
-  piece.rows.count = static_cast<int64_t>(micro_batch.index.size());
-  return piece;
-}
-
-char* bytes(std::vector<int64_t>& memory) { return reinterpret_cast<char*>(memory.data()); }
-
-void expect_rows(const std::vector<int64_t>& values, const MicroBatch& micro_batch,
-                 int64_t number) {
-  for (size_t i = 0; i < micro_batch.index.size(); ++i) {
-    for (int64_t j = 0; j < kColumns; ++j) {
-      expect(values[i * kColumns + j] == 1000 + micro_batch.index[i] * kColumns + j,
-             "rows of another micro-batch", number);
-    }
-  }
-}
-
-// Two slots of host and device memory for all micro-batches, which "compute" by reading their
-// device memory.
-void check_orders(HostEngine::Stream slow) {
-  const std::vector<int64_t> source = make_source();
-  auto engine = std::make_shared<HostEngine>(slow);
-  std::vector<MicroBatch> all;
-  for (int64_t number = 0; number < 9; ++number) all.push_back(make_micro_batch(number));
-  std::array<std::vector<int64_t>, Ring::kSlots> host, device;
-  for (auto* memories : {&host, &device}) {
-    for (auto& memory : *memories) memory.resize(7 * kColumns);
-  }
-  {
-    Ring ring(engine);
-    const auto submit = [&](size_t number) {
-      Piece piece = piece_of(source, all[number]);
-      piece.gathered = bytes(host[number % Ring::kSlots]);
-      piece.device = bytes(device[number % Ring::kSlots]);
-      return ring.submit({piece}, 0);
-    };
-    int64_t following = submit(0);
-    for (size_t number = 0; number < all.size(); ++number) {
-      const int64_t ticket = following;
-      if (number + 1 < all.size()) following = submit(number + 1);
-      ring.receive(ticket, 0);
-      engine->read(all[number].result.data(), device[number % Ring::kSlots].data(),
-                   static_cast<int64_t>(all[number].result.size() * sizeof(int64_t)));
-      // Everything is on its way before the slow stream has done anything.
-      ring.finish_reading();
-    }
-    ring.join(0);
-  }
-  engine->synchronize();
-  for (size_t number = 0; number < all.size(); ++number) {
-    expect_rows(all[number].result, all[number], static_cast<int64_t>(number));
-  }
-}
 
 void check_many() {
   const std::vector<int64_t> source = make_source();
@@ -123,7 +31,7 @@ void check_many() {
 void check_errors() {
   const std::vector<int64_t> source = make_source();
   for (auto engine : {std::shared_ptr<Engine>(),
-                      std::shared_ptr<Engine>(std::make_shared<HostEngine>(HostEngine::kSide))}) {
+                      std::shared_ptr<Engine>(std::make_shared<HostEngine>(HostStreams::kSide))}) {
     MicroBatch bad = make_micro_batch(6);
     Ring ring(engine);
     for (int64_t row : {int64_t{-1}, kLength}) {
@@ -157,7 +65,7 @@ void check_ends() {
   const std::vector<int64_t> source = make_source();
   for (int64_t number = 0; number < 300; ++number) {
     std::shared_ptr<HostEngine> engine;
-    if (number % 2 == 0) engine = std::make_shared<HostEngine>(HostEngine::kSide);
+    if (number % 2 == 0) engine = std::make_shared<HostEngine>(HostStreams::kSide);
     {
       std::array<MicroBatch, 2> micro_batches{make_micro_batch(number),
                                               make_micro_batch(number + 1)};
@@ -171,7 +79,7 @@ void check_ends() {
       if (number % 4 == 0) ring.finish_reading();
     }
     // A copy that is late finds no memory any more.
-    if (engine != nullptr) engine->synchronize();
+    if (engine != nullptr) engine->streams().synchronize();
   }
 }
 
@@ -203,8 +111,10 @@ void check_strides() {
 
 int main() {
   check_strides();
-  check_orders(HostEngine::kSide);
-  check_orders(HostEngine::kMain);
+  for (const auto slow : {HostStreams::kSide, HostStreams::kMain}) {
+    const auto engine = std::make_shared<HostEngine>(slow);
+    check_orders(engine, engine->streams());
+  }
   check_many();
   check_errors();
   check_ends();

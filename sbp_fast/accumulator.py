@@ -46,7 +46,7 @@ from .passes.until_it_fits import compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
 from .splitting import Cost, Splitting
-from .streaming import Arrival, PinnedRing, stream_to
+from .streaming import Arrival, make_ring, stream_to
 from .transaction import Transaction
 from .update import Update
 
@@ -209,9 +209,10 @@ class StreamedAccumulator:
 
         Args:
             inputs: tensors of shape ``(samples, ...)``, alone or in dicts, tuples and lists, on host,
-                pinned, memory-mapped or device memory; or an iterable (not a list or tuple) of
-                micro-batches: of ``(inputs, targets)`` pairs, or of inputs where ``loss_fn`` is None.
-                Items larger than ``micro_batch_size`` are split further.
+                pinned, memory-mapped or device memory, or :class:`sbp_fast.data.Rows` of them; or an
+                iterable (not a list or tuple) of micro-batches: of ``(inputs, targets)`` pairs, or of
+                inputs where ``loss_fn`` is None. Items larger than ``micro_batch_size`` are split
+                further.
             targets: the same for the targets.
 
         Raises:
@@ -287,7 +288,7 @@ class StreamedAccumulator:
             None if self._memory_budget is None else StepBudget(device, self._memory_budget)
         )
         self._automatic: AutomaticSize | None = None
-        self._ring = PinnedRing(device) if device.type == "cuda" else None
+        self._ring = make_ring(device)
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
         self._buffers = Buffers(self._modules, earlier=self._transaction.buffers)
@@ -319,12 +320,11 @@ class StreamedAccumulator:
 
     def _stream(self, micro_batches: Iterable[MicroBatch], shares: Shares) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
-        comes_once = not isinstance(micro_batches, list)
         micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
         must_meet = self._must_meet()
         all_at_once = must_meet or self._cross_sample_loss
         meter = PeakMeter(self._device)
-        arrivals = self._arrivals(micro_batches, keep=comes_once and all_at_once)
+        arrivals = self._arrivals(micro_batches, keep=all_at_once)
         with (
             torch.enable_grad(),
             Sampling(

@@ -34,6 +34,7 @@ from sbp_fast.bench.models import UNet, resnet18, resnet50
 from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, write_csv
 from sbp_fast.bench.shapes import resnet50_shapes
 from sbp_fast.bench.stream_ceiling import FLOATS_MOVED, Ceilings
+from sbp_fast.bench.streaming import StreamSize
 from sbp_fast.bench.tensor_lists import TensorSets, make_set, make_sets
 from sbp_fast.bench.timing import Spread, measure, stopwatch_for
 from sbp_fast.bench.weight_gradients import LayerSize, NetworkSize
@@ -58,6 +59,7 @@ TINY_PLAN = cli.Plan(
     policy_rounds=2,
     layer_sizes=[LayerSize(5, 7, 3), LayerSize(5, 7, 3, pixels=2)],
     network_sizes=[NetworkSize(8, 4, 2), NetworkSize(8, 4, 2, blocks=1)],
+    stream_sizes=[StreamSize(rows=16, row_bytes=64, batch=6, micro_batch=4, hidden=8)],
 )
 
 
@@ -515,7 +517,7 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
         "batch norm", "dropout", "alternatives", "exact", "activations", "weight gradients",
-        "weight gradients, step",
+        "weight gradients, step", "streaming",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:

@@ -22,6 +22,7 @@ from . import (
     kernels,
     plots,
     step,
+    streaming,
     weight_gradients,
 )
 from .activations import Activation
@@ -30,13 +31,14 @@ from .image_sizes import StepSize
 from .memory import memory_table, write_memory
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
+from .streaming import StreamSize
 from .timing import stopwatch_for
 from .weight_gradients import LayerSize, NetworkSize
 from .workloads import NETWORKS, Workload
 
 SUBJECTS = (
-    *("kernels", "batch_norm", "dropout", "step", "alternatives"),
-    *("growth", "exact", "activations", "weight_gradients"),
+    *("kernels", "batch_norm", "dropout", "step", "alternatives", "growth"),
+    *("exact", "activations", "weight_gradients", "streaming"),
 )
 
 
@@ -60,6 +62,7 @@ class Plan:
         policy_rounds: measurements of each of those.
         layer_sizes: of the layers whose weight gradients are fused.
         network_sizes: of the steps with such layers.
+        stream_sizes: of the steps on rows out of a file.
     """
 
     networks: int
@@ -78,6 +81,7 @@ class Plan:
     policy_rounds: int
     layer_sizes: Sequence[LayerSize]
     network_sizes: Sequence[NetworkSize]
+    stream_sizes: Sequence[StreamSize]
 
 
 _BATCH, _MICRO_BATCHES = 16, (1, 2, 4, 16)
@@ -121,6 +125,8 @@ FULL = Plan(
         *(NetworkSize(4096, 16, micro_batch) for micro_batch in (1, 2, 4, 16)),
         *(NetworkSize(384, 16, micro_batch, blocks=6) for micro_batch in (1, 2, 4, 16)),
     ],
+    # Gathering takes less than computing in the first, and about as long in the second.
+    stream_sizes=[StreamSize(4096, 64 * 1024, 512, 64, hidden) for hidden in (512, 64)],
 )
 QUICK = Plan(
     networks=1,
@@ -139,13 +145,14 @@ QUICK = Plan(
     policy_rounds=3,
     layer_sizes=[LayerSize(1024, 1024, 16), LayerSize(512, 2048, 1, pixels=7)],
     network_sizes=[NetworkSize(1024, 8, 2), NetworkSize(384, 8, 4, blocks=2)],
+    stream_sizes=[StreamSize(1024, 16 * 1024, 128, 32, 128)],
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
 _HOST_COUNTS = (
-    *("overhead", "step", "alternatives", "exact", "activations"),
+    *("overhead", "step", "alternatives", "exact", "activations", "streaming"),
     *("weight gradients", "weight gradients, step"),
 )
 
@@ -246,6 +253,9 @@ def bench(
     if "weight_gradients" in subjects:
         makers = weight_gradients.cases(plan.layer_sizes, plan.network_sizes, device)
         rows += _measure("weight_gradients", makers, plan.step_rounds, device, output)
+    if "streaming" in subjects:
+        makers = streaming.cases(plan.stream_sizes, device)
+        rows += _measure("streaming", makers, plan.step_rounds, device, output)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")

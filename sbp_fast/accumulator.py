@@ -238,7 +238,10 @@ class StreamedAccumulator:
                 transaction.roll_back()
             else:
                 transaction.clear_gradients()
-            return large_batch.result(skipped)
+            result = large_batch.result(skipped)
+            if self._automatic is not None:
+                self._automatic.learn_from(result)
+            return result
 
     def backward(self, inputs: PyTree | Iterable[Any], targets: PyTree = None) -> StepResult:
         """The same without the update: leaves the large batch's gradient in ``p.grad``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from ..activations import Activations, Automatic, Policy
 from ..batches import MicroBatch, rows
 from ..memory import format_bytes
 from ..memory.device_budget import free_bytes
+from ..result import StepResult
 from .fake_copies import LossFunction
 from .plan import no_micro_batch_fits, predict_peaks
-from .policies import KEEP, PolicyPeaks
+from .policies import KEEP, Choice, PolicyPeaks
 
 _log = logging.getLogger("sbp_fast")
 
@@ -24,6 +26,18 @@ _SHARE = 0.9
 
 # On a CPU without a budget. Larger ones are no faster there, and leave the caches.
 _ON_CPU = 32
+
+# Of a predicted peak. What a measured one differs by less changes no choice.
+_CLOSE = 0.02
+
+
+@dataclass
+class _Trial:
+    """A choice that was just made: for what, and in how many steps it was followed."""
+
+    key: tuple[int, Policy | None]
+    choice: Choice
+    steps: int = 0
 
 
 class AutomaticSize:
@@ -60,6 +74,12 @@ class AutomaticSize:
         self._options = dict(options)
         # By samples, and by the policy that a step under way is bound to.
         self._chosen: dict[tuple[int, Policy | None], tuple[int, Policy | None]] = {}
+        # What steps were found to need beyond their plans, in bytes.
+        self._excess = 0
+        self._last: _Trial | None = None
+        self._corrected: set[tuple[int, Policy | None]] = set()
+        # The most recent plan: where it is corrected, it need not be made again.
+        self._planned: tuple[int, PolicyPeaks | None] | None = None
 
     def size_for(self, whole: MicroBatch) -> int:
         """The size with the shortest step, or the wanted one; activations follow what suits it, unless a
@@ -79,6 +99,9 @@ class AutomaticSize:
         if key not in self._chosen:
             self._chosen[key] = self._choose(whole, bound_to)
         size, policy = self._chosen[key]
+        if self._last is not None and self._last.key != key:
+            # A stream of items of several sizes: no telling which of them has needed the most.
+            self._last = None
         if automatic is not None and policy is not None:
             automatic.policy = policy
         return size
@@ -89,11 +112,13 @@ class AutomaticSize:
         batch_size = whole.samples
         if self._budget is None and self._device.type == "cpu":
             return min(_ON_CPU, batch_size), bound_to
-        peaks = self.peaks(whole)
+        if self._planned is None or self._planned[0] != batch_size:
+            self._planned = batch_size, self.peaks(whole)
+        peaks = self._planned[1]
         if peaks is None:
             # Where it does not fit, the step finds a smaller one.
             return self._wanted or batch_size, bound_to or KEEP
-        limit = self._budget or _available(self._device)
+        limit = (self._budget or _available(self._device)) - self._excess
         if self._wanted is not None:
             size = min(self._wanted, batch_size)
             choice = peaks.best_at(size, limit)
@@ -111,7 +136,36 @@ class AutomaticSize:
             format_bytes(choice.peak.device_bytes),
             format_bytes(limit),
         )
+        self._last = _Trial((batch_size, bound_to), choice)
         return self._wanted or choice.micro_batch_size, choice.policy
+
+    def learn_from(self, result: StepResult) -> None:
+        """Corrects a new choice by the first step that shows what it needs: the second, for which the
+        optimizer's state is there from the beginning. The next large batch is chosen for anew then, once.
+        """
+        trial = self._last
+        if trial is None or result.skipped or result.peak_bytes is None:
+            return
+        if result.micro_batch_size != trial.choice.micro_batch_size:
+            self._last = None
+            return
+        trial.steps += 1
+        if trial.steps < 2:
+            return
+        self._last = None
+        predicted = trial.choice.peak.device_bytes
+        excess = result.peak_bytes - predicted
+        if trial.key in self._corrected or abs(excess - self._excess) <= _CLOSE * predicted:
+            return
+        _log.info(
+            "a step of %d needs %s where %s were predicted; it is planned with that from now on",
+            trial.key[0],
+            format_bytes(result.peak_bytes),
+            format_bytes(predicted),
+        )
+        self._excess = excess
+        self._corrected.add(trial.key)
+        del self._chosen[trial.key]
 
     def advice(self, whole: MicroBatch) -> str:
         """What an error may add: the smallest budget that would do, as far as that can be predicted."""

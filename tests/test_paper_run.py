@@ -84,9 +84,14 @@ def test_first_gradient_is_the_full_batchs_with_sbp_alone(finished: Path) -> Non
         assert row.seed == TINY.seeds[0]
         if row.way == SBP:
             assert (row.gradient_difference or 0) < 1e-12
-        elif row.micro_batch < row.batch:
-            assert (row.gradient_difference or 0) > 1e-3
-    assert any(row.way == PLAIN and row.micro_batch < row.batch for row in compared)
+    # Swin's layer norm knows of no other samples; U-Net's batch norm does.
+    plain = [
+        row
+        for row in compared
+        if (row.model, row.way) == ("U-Net", PLAIN) and row.micro_batch < row.batch
+    ]
+    assert plain
+    assert all((row.gradient_difference or 0) > 1e-3 for row in plain)
 
 
 def test_reports_say_it_in_tables_with_the_papers_figures_marked(finished: Path) -> None:
@@ -94,11 +99,11 @@ def test_reports_say_it_in_tables_with_the_papers_figures_marked(finished: Path)
     page = (finished / "report.html").read_text(encoding="utf-8")
     for text in (markdown, page):
         for expected in (
-            *("ResNet-50: Accuracy (%)", "U-Net: Mean IoU (%)", "table 2, WSBP", "table 5, SBP"),
+            *("Swin-T: Accuracy (%)", "U-Net: Mean IoU (%)", "table 5, WSBP", "table 5, SBP"),
             *("95% confidence interval", PLAIN, TRUTH, "fashion-mnist", "2 of 2 batch sizes"),
         ):
             assert expected in text
-    assert "| 16 | 88 | 90 |" in markdown
+    assert "| 16 | 95 | 90 |" in markdown
     assert page.count("<table>") == page.count("</table>") == 8
     for name in ("accuracy", "time", "memory"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -173,7 +173,7 @@ def test_too_few_images_for_a_batch_are_refused(
 ) -> None:
     small = ["--profile", "small", *arguments[2:]]
     assert command.main([*small, "--output", str(tmp_path)]) == 2
-    assert "a batch of 1024" in capsys.readouterr().err
+    assert "a batch of 512" in capsys.readouterr().err
 
 
 def test_same_weights_and_order_give_the_same_training(finished: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper.evaluation import accuracy, mean_iou
+from benchmarks.paper.data import Split
+from benchmarks.paper.evaluation import accuracy, mean_iou, refresh_statistics
 from benchmarks.paper.summary import student_quantile, summarise
 
 
@@ -46,3 +48,18 @@ def test_accuracy_and_iou_by_hand() -> None:
     counts = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
     assert accuracy(counts) == pytest.approx(75.0)
     assert mean_iou(counts) == pytest.approx(100 * (6 / 9 + 3 / 6) / 2)
+
+
+def test_running_statistics_become_those_of_the_images() -> None:
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(1e6)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), norm).double()
+    torch.nn.init.ones_(model[0].weight)
+    torch.nn.init.zeros_(model[0].bias)
+    images = np.random.default_rng(0).integers(0, 256, (600, 1, 2, 2), np.uint8)
+    split = Split(images, np.zeros(600, np.int64))
+    to_double = torch.nn.Module()
+    to_double.forward = lambda pixels: model(pixels.double())
+    to_double.model = model
+    refresh_statistics(to_double, split, 500, torch.device("cpu"))
+    assert float(norm.running_mean) == pytest.approx(images[:500].mean())

@@ -11,6 +11,31 @@ from .data import Split
 _AT_ONCE = 250
 
 
+def refresh_statistics(model: nn.Module, split: Split, samples: int, device: torch.device) -> None:
+    """Batch norm's running statistics become those of training images under the final weights.
+
+    Running averages lag behind: after a few large steps they are mostly those of weights long gone, the
+    more so the fewer updates they had, so that they would say less of a way's weights than of how often
+    it updates them. Source: Wu, Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
+
+    Args:
+        samples: of the split, from its start, at most; the same for all ways.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        # The plain mean over what follows.
+        norm.momentum = None
+    model.train()
+    with torch.no_grad():
+        for start in range(0, min(samples, len(split)), _AT_ONCE):
+            stop = min(start + _AT_ONCE, samples, len(split))
+            images, _ = as_tensors(split, slice(start, stop))
+            model(images.to(device))
+
+
 def confusion(
     model: nn.Module, split: Split, classes: int, samples: int, device: torch.device
 ) -> Tensor:

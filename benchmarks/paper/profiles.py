@@ -39,7 +39,7 @@ class Profile:
         seeds: of the weights and of the order of the data; for each, everything is trained anew.
         budgets: of device memory. Trained under the largest; under the others a few steps are made.
         probe_steps: how many.
-        test_samples: of the test set, at most.
+        test_samples: of the test set, at most; and of the training set, for batch norm's statistics.
     """
 
     name: str

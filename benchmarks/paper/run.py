@@ -15,7 +15,7 @@ from sbp_fast.memory.out_of_memory import release
 
 from .batches import large_batches
 from .data import Dataset
-from .evaluation import accuracy, confusion, mean_iou
+from .evaluation import accuracy, confusion, mean_iou, refresh_statistics
 from .gradients import gradient_difference
 from .micro_batches import largest_micro_batches
 from .models import MODELS, SEGMENTATION
@@ -122,9 +122,11 @@ class Runner:
         return model, torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
 
     def _evaluate(self, model: nn.Module) -> float:
+        samples = self._profile.test_samples
+        refresh_statistics(model, self._dataset.train, samples, self._device)
         counts = confusion(
             *(model, self._dataset.test, self._dataset.classes),
-            *(self._profile.test_samples, self._device),
+            *(samples, self._device),
         )
         return mean_iou(counts) if self._model.task == SEGMENTATION else accuracy(counts)
 

@@ -73,7 +73,8 @@ class Runner:
         try:
             measured = self._measure(cell, min(largest or cell.batch, cell.batch))
         except torch.OutOfMemoryError as error:
-            reason = str(error)
+            # In one line: a line of the file is a row.
+            reason = " ".join(str(error).split())
             release(error, self._device)
             return self._row(cell, 0, None, reason)
         return self._row(cell, measured.steps[-1].micro_batch, measured, "")

@@ -94,10 +94,10 @@ SMALL = Profile(
         Training("ResNet-50", 4_096, 4e-3),
         Training("ResNet-101", 3_072, 4e-3),
         Training("AmoebaNet-D", 3_072, 4e-3),
-        Training("U-Net", 4_096, 4e-3),
+        Training("U-Net", 4_096, 1e-2),
         Training("EfficientNet-B0", 3_072, 4e-3),
-        Training("ViT-B/16", 4_096, 2e-3),
-        Training("Swin-T", 4_096, 2e-3),
+        Training("ViT-B/16", 4_096, 4e-3),
+        Training("Swin-T", 4_096, 4e-3),
     ),
     # From what the largest budget holds at once to several times as many.
     batches=(512, 256, 64),

@@ -164,7 +164,7 @@ class StreamedAccumulator:
         self._update = Update(optimizer, grad_scaler)
         self._wanted_size = options.check_micro_batch_size(micro_batch_size, micro_batch_cost)
         self._has_cost = micro_batch_cost is not None
-        self._splitting = Splitting(loss_fn, self._size_for, micro_batch_cost)
+        self._splitting = Splitting(loss_fn, micro_batch_cost)
         self._plan_options = {
             **{"activations": activations, "host_budget": self._host_budget},
             **{"batch_norm": batch_norm, "dropout": dropout},
@@ -221,7 +221,7 @@ class StreamedAccumulator:
         """
         self._follow_changes()
         shares = Shares(self._contract)
-        micro_batches = self._splitting.split(inputs, targets, shares)
+        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
         with self._within_budget(micro_batches), self._transaction as transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
@@ -255,7 +255,7 @@ class StreamedAccumulator:
         """
         self._follow_changes()
         shares = Shares(self._contract)
-        micro_batches = self._splitting.split(inputs, targets, shares)
+        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
         with self._within_budget(micro_batches), self._transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)

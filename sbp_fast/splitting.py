@@ -23,26 +23,31 @@ class Splitting:
 
     Args:
         loss_fn: there are targets if there is one.
-        wanted: the most that is computed at once: samples, or ``cost`` where it is given. A callable
-            says how many samples of a large batch, or of one item of a stream.
         cost: what a micro-batch costs, of its inputs: tokens, say. More samples never cost less.
     """
 
     def __init__(
         self,
         loss_fn: Callable[..., Any] | None,
-        wanted: int | Callable[[MicroBatch], int],
         cost: Cost | None = None,
     ) -> None:
         self._with_targets = loss_fn is not None
-        self._choose = wanted if callable(wanted) else None
-        self._size = MicroBatchSize(1 if callable(wanted) else wanted)
+        self._size = MicroBatchSize(1)
         self._cost = cost
 
     def split(
-        self, inputs: PyTree | Iterable[Any], targets: PyTree, shares: Shares
+        self,
+        inputs: PyTree | Iterable[Any],
+        targets: PyTree,
+        shares: Shares,
+        size_for: Callable[[MicroBatch], int],
     ) -> Iterable[MicroBatch]:
         """The micro-batches of a large batch: a list, or a generator if it comes as a stream.
+
+        Args:
+            shares: learn of the micro-batches, if all are there.
+            size_for: the most that is computed at once of a large batch, or of one item of a stream:
+                samples, or their cost.
 
         Raises:
             ValueError: see :meth:`sbp_fast.StreamedAccumulator.step`.
@@ -55,9 +60,9 @@ class Splitting:
                 )
             items = split_stream(inputs, sys.maxsize, with_targets=self._with_targets)
             # What becomes of activations is decided at the first, before any is computed.
-            return begun(piece for item in items for piece in self._cut_anew(item))
+            return begun(piece for item in items for piece in self._cut_anew(item, size_for(item)))
         (whole,) = split(inputs, targets, sys.maxsize, with_targets=self._with_targets)
-        micro_batches = self._cut_anew(whole)
+        micro_batches = self._cut_anew(whole, size_for(whole))
         shares.announce(micro_batches)
         return micro_batches
 
@@ -76,9 +81,8 @@ class Splitting:
         """A step has gone well."""
         self._size.end_step()
 
-    def _cut_anew(self, whole: MicroBatch) -> list[MicroBatch]:
-        if self._choose is not None:
-            self._size.want(self._choose(whole))
+    def _cut_anew(self, whole: MicroBatch, wanted: int) -> list[MicroBatch]:
+        self._size.want(wanted)
         if self._cost is None:
             return cut(whole, int(self._size.current))
         return self._cut_by_cost(whole)

@@ -179,6 +179,10 @@ class TestErrors:
 
 
 class TestLives:
+    @pytest.fixture(autouse=True)
+    def _others_have_ended(self) -> None:
+        gc.collect()
+
     def test_ten_thousand_micro_batches_by_one_thread(self) -> None:
         before = threads(), descriptors()
         ring = Prefetcher(CPU, MODULE)
@@ -322,9 +326,9 @@ def threads() -> int:
 def assert_threads(expected: int) -> None:
     """The kernel forgets a thread shortly after it was joined."""
     deadline = time.monotonic() + 60
-    while threads() != expected and time.monotonic() < deadline:
+    while threads() > expected and time.monotonic() < deadline:
         pass
-    assert threads() == expected
+    assert threads() <= expected
 
 
 def descriptors() -> int:

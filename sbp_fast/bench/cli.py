@@ -107,7 +107,7 @@ FULL = Plan(
     exact_sizes=[StepSize(64, 64, micro_batch) for micro_batch in (4, 8, 16)],
     exact_rounds=7,
     policy_sizes=[StepSize(64, 64, 32)],
-    policy_rounds=7,
+    policy_rounds=5,
     layer_sizes=[
         *(
             LayerSize(outputs, inputs, rows)

@@ -22,7 +22,6 @@ from ..large_batch import LargeBatch
 from ..memory.fake_bytes import FakeLiveBytes
 from ..parameters import Parameters
 from ..result import StepResult
-from ..splitting import Splitting
 from ..streaming import Arrival
 from ..update import Update
 from .fake_copies import LossFunction
@@ -99,7 +98,7 @@ class OnFakes(StreamedAccumulator):
         self, micro_batch_size: int, samples: int, inputs: PyTree, targets: PyTree
     ) -> StepResult:
         self._samples = samples
-        self._splitting = Splitting(self._loss_fn, micro_batch_size)
+        self._wanted_size = micro_batch_size
         self._counter.phase = FORWARD
         return self.step(inputs, targets)
 

@@ -42,6 +42,7 @@ from .result import StepResult
 from .splitting import Cost, Splitting
 from .streaming import Arrival, PinnedRing, stream_to
 from .transaction import Transaction
+from .tuning.noise_estimator import NoiseScaleEstimator
 from .update import Update
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class StreamedAccumulator:
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
         grad_scaler: scales the loss, skips steps whose gradient overflowed, and adapts.
+        noise_scale: whether ``result.noise_scale`` is estimated, which reads the gradient once more; or
+            the estimator itself, to choose its smoothing or to save its state.
         backend: which kernels accumulate; see :func:`sbp_fast.ops.scale_accumulate_`. Under ``"auto"``,
             gradients on the CPU that need no other dtype are added by autograd itself.
 
@@ -127,6 +130,7 @@ class StreamedAccumulator:
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
+        noise_scale: bool | NoiseScaleEstimator = True,
         backend: str = "auto",
     ) -> None:
         options.check_model(model)
@@ -181,6 +185,7 @@ class StreamedAccumulator:
             checks.append(partial(probe_loss, self._contract))
         self._first_look = FirstLook(checks)
         self._grad_scaler = grad_scaler
+        self._noise = options.check_noise_scale(noise_scale)
         self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
         self._backend_option = backend
         self._autocast = autocast
@@ -336,7 +341,7 @@ class StreamedAccumulator:
                 shares.start_over()
 
             def begin() -> Computation:
-                large_batch = LargeBatch(shares, self._new_accumulators(), meter)
+                large_batch = LargeBatch(shares, self._new_accumulators(), meter, self._noise)
                 return Computation(
                     self._device, self._forward, large_batch, sampling, self._grad_scaler
                 )

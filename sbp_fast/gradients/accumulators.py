@@ -121,6 +121,16 @@ class Accumulators:
         """Whether passes collect statistics: from the last micro-batch on."""
         self._observing = observing
 
+    def sum_of_squares(self) -> Tensor:
+        """Of all that is in so far, between two micro-batches; float64, no dimensions. One read."""
+        unwatched = self._hooks.unwatched
+        sums = [p.grad if i in unwatched else self._sums[i] for i, p in enumerate(self._parameters)]
+        statistics = torch.zeros_like(self.statistics)
+        ops.gradient_statistics_(
+            [total for total in sums if total is not None], statistics, backend=self._backend
+        )
+        return statistics[1]
+
     def _add(self, index: int, gradient: Tensor) -> None:
         self._check_dense(index, gradient)
         if index in self._left_out:

@@ -1,6 +1,7 @@
-"""What a run can be tuned by: the gradient noise scale."""
+"""What a run can be tuned by: the gradient noise scale, and the learning rate's own gradient."""
 
+from .hypergradient import HypergradientLR
 from .noise_estimator import NoiseScaleEstimator
 from .noise_scale import NoiseScale
 
-__all__ = ["NoiseScale", "NoiseScaleEstimator"]
+__all__ = ["HypergradientLR", "NoiseScale", "NoiseScaleEstimator"]

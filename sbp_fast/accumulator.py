@@ -100,8 +100,8 @@ class StreamedAccumulator:
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
         grad_scaler: scales the loss, skips steps whose gradient overflowed, and adapts.
-        noise_scale: whether ``result.noise_scale`` is estimated, which reads the gradient once more; or
-            the estimator itself, to choose its smoothing or to save its state.
+        noise_scale: True: ``result.noise_scale`` is estimated; each step reads its gradient once more.
+            Or the estimator itself, to choose its smoothing or to save its state.
         backend: which kernels accumulate; see :func:`sbp_fast.ops.scale_accumulate_`. Under ``"auto"``,
             gradients on the CPU that need no other dtype are added by autograd itself.
 
@@ -130,7 +130,7 @@ class StreamedAccumulator:
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
-        noise_scale: bool | NoiseScaleEstimator = True,
+        noise_scale: bool | NoiseScaleEstimator = False,
         backend: str = "auto",
     ) -> None:
         options.check_model(model)

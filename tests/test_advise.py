@@ -126,7 +126,11 @@ class TestStepsToTarget:
     def test_linear_regression(self) -> None:
         model = LinearRegression()
         accumulator = StreamedAccumulator(
-            model, torch.optim.SGD(model.parameters()), nn.MSELoss(), micro_batch_size=16
+            model,
+            torch.optim.SGD(model.parameters()),
+            nn.MSELoss(),
+            micro_batch_size=16,
+            noise_scale=True,
         )
         for _ in range(80):
             x = torch.randn(256, model.DIMENSIONS, dtype=torch.float64)
@@ -165,6 +169,7 @@ def train(batch_size: int, lr: float) -> tuple[int, NoiseScale]:
         nn.CrossEntropyLoss(),
         micro_batch_size=max(4, batch_size // 8),
         probe=False,
+        noise_scale=True,
     )
     for step in range(1, 1000):
         chosen = torch.randint(len(images), (batch_size,))

@@ -55,7 +55,7 @@ def batch(samples: int, dtype: torch.dtype = torch.float64, noise: float = 1.0) 
 def accumulator_for(
     model: nn.Module, micro_batch_size: int = 7, loss_fn: Any = mean, **options: Any
 ) -> StreamedAccumulator:
-    options = {"normalization": "mean", "probe": False, **options}
+    options = {"normalization": "mean", "probe": False, "noise_scale": True, **options}
     return StreamedAccumulator(
         model,
         torch.optim.SGD(model.parameters(), lr=0.0),
@@ -296,6 +296,17 @@ class TestWhatCounts:
             accumulator.step(*batch(30))
         handle.remove()
         assert accumulator.step(*batch(30)).noise_scale.steps == 2
+
+    def test_only_where_it_is_asked_for(self) -> None:
+        model = Quadratic()
+        accumulator = StreamedAccumulator(
+            model,
+            torch.optim.SGD(model.parameters()),
+            mean,
+            normalization="mean",
+            micro_batch_size=7,
+        )
+        assert accumulator.step(*batch(30)).noise_scale is None
 
     @pytest.mark.parametrize(
         "options", [{"noise_scale": False}, {"cross_sample_loss": True, "normalization": "auto"}]

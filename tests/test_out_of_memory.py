@@ -78,9 +78,9 @@ def make(name: str) -> tuple[nn.Module, StreamedAccumulator]:
     torch.manual_seed(2)
     model = build().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    # The noise scale's few numbers are allocated where nothing smaller can be tried.
-    options = {"micro_batch_size": SIZE, "probe": False, "noise_scale": False, **options}
-    return model, StreamedAccumulator(model, optimizer, loss_fn, **options)
+    return model, StreamedAccumulator(
+        model, optimizer, loss_fn, micro_batch_size=SIZE, probe=False, **options
+    )
 
 
 @functools.cache

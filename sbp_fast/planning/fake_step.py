@@ -196,15 +196,7 @@ class _OnFakes(StreamedAccumulator):
         # The weight of a loss, and so its normalization, is no matter of memory.
         if not options.get("cross_sample_loss"):
             options["normalization"] = _one
-        super().__init__(
-            model,
-            optimizer,
-            loss_fn,
-            micro_batch_size=1,
-            probe=False,
-            noise_scale=False,
-            **options,
-        )
+        super().__init__(model, optimizer, loss_fn, micro_batch_size=1, probe=False, **options)
         self._counter = counter
         self._update = _Answered(optimizer, counter)
         self._batch_size = batch_size

@@ -56,6 +56,7 @@ def measure_noise_scale(
         torch.optim.SGD(model.parameters()) if optimizer is None else optimizer,
         loss_fn,
         micro_batch_size=micro_batch_size,
+        noise_scale=True,
         **options,
     )
     compute = accumulator.backward if optimizer is None else accumulator.step

@@ -28,7 +28,7 @@ class TestAdvise:
             [0.0, 1 / 3, 1 - 1.25 / 3]
         )
         assert advice.critical_batch_size == 100.0
-        # McCandlish et al. 2018, eq. 2.11.
+        # The trade of steps for samples: McCandlish et al. 2018, section 2.
         for cost in advice.costs:
             assert (cost.steps - 1) * (cost.samples - 1) == pytest.approx(1.0)
 

@@ -73,7 +73,7 @@ def advise(
     """Steps and samples of each batch size, at a learning rate that suits it.
 
     With the noise scale ``n``, batches of ``B`` samples need ``1 + n / B`` times the fewest steps and
-    ``1 + B / n`` times the fewest samples: McCandlish et al. 2018, arXiv 1812.06162, eq. 2.7 and 2.11.
+    ``1 + B / n`` times the fewest samples: McCandlish et al. 2018, arXiv 1812.06162, section 2.
     That takes the noise scale for constant, and the curvature for alike in all directions. The noise
     scale grows as the loss falls: measure it where training spends its time.
 

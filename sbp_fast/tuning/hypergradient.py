@@ -28,9 +28,9 @@ class HypergradientLR:
     """Adapts an optimizer's learning rates to how far the last update's direction still leads down.
 
     Gradient descent on the learning rate, which is how the paper would have ``mu`` found (Ravi Kumar and
-    Sivakumar 2025, eq. 4), in the form of Baydin et al. 2018, arXiv 1703.04782, algorithms SGD-HD,
-    SGDN-HD and Adam-HD: the loss after an update depends on the rate that was used, and its derivative
-    is known as soon as the next gradient is. Of each parameter group, before each update::
+    Sivakumar 2025, eq. 4), in the form of Baydin et al. 2018, arXiv 1703.04782, algorithms 4 to
+    6 (SGD-HD, SGDN-HD, Adam-HD): the loss after an update depends on the rate that was used, and its
+    derivative is known as soon as the next gradient is. Of each parameter group, before each update::
 
         lr = max(0, lr + hyper_lr * (gradient . direction of the last update, per unit of lr))
 
@@ -48,8 +48,8 @@ class HypergradientLR:
 
     Args:
         optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``. It keeps this object.
-        hyper_lr: the learning rate of the learning rate, at least 0. What suits depends on the size of
-            the gradients: Baydin et al. use 1e-3 for SGD and 1e-7 for Adam in most of their experiments.
+        hyper_lr: the learning rate of the learning rate, at least 0. What suits goes with
+            the size of the gradients, and differs by orders of magnitude between SGD and Adam.
 
     Raises:
         TypeError, ValueError: another optimizer, ``maximize=True``, or no such ``hyper_lr``.

@@ -18,7 +18,7 @@ class NoiseScale:
     ``Sigma`` is the covariance of the gradient of one sample, ``G`` the mean of such gradients. The
     gradient of a batch much smaller than ``B`` is mostly noise, and twice the batch saves half of the
     steps; of one much larger, mostly signal, and a larger batch saves next to nothing (McCandlish et al.
-    2018, arXiv 1812.06162, eq. 2.9, "B_simple").
+    2018, arXiv 1812.06162, section 2, "B_simple").
 
     Nothing is read back from the device until a property is.
 

@@ -48,6 +48,7 @@ from .result import StepResult
 from .splitting import Cost, Splitting
 from .streaming import Arrival, make_ring, stream_to
 from .transaction import Transaction
+from .tuning.noise_estimator import NoiseScaleEstimator
 from .update import Update
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class StreamedAccumulator:
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
         grad_scaler: scales the loss, skips steps whose gradient overflowed, and adapts.
+        noise_scale: True: ``result.noise_scale`` is estimated; each step reads its gradient once more.
+            Or the estimator itself, to choose its smoothing or to save its state.
         backend: which kernels accumulate; see :func:`sbp_fast.ops.scale_accumulate_`. Under ``"auto"``,
             gradients on the CPU that need no other dtype are added by autograd itself.
 
@@ -136,6 +139,7 @@ class StreamedAccumulator:
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
+        noise_scale: bool | NoiseScaleEstimator = False,
         backend: str = "auto",
     ) -> None:
         options.check_model(model)
@@ -188,6 +192,7 @@ class StreamedAccumulator:
             checks.append(partial(probe_loss, self._contract))
         self._first_look = FirstLook(checks)
         self._grad_scaler = grad_scaler
+        self._noise = options.check_noise_scale(noise_scale)
         self._max_grad_norm = options.check_max_grad_norm(max_grad_norm)
         self._backend_option = backend
         self._autocast = autocast
@@ -349,7 +354,8 @@ class StreamedAccumulator:
 
             def begin() -> Computation:
                 large_batch = LargeBatch(
-                    shares, self._new_accumulators(), meter, str(self._activations)
+                    *(shares, self._new_accumulators(), meter),
+                    *(str(self._activations), self._noise),
                 )
                 return Computation(
                     *(self._device, self._forward, large_batch, sampling),

@@ -13,25 +13,31 @@ from .loss import Shares, Weight
 from .memory.host_store import HostStore
 from .memory.peak import PeakMeter
 from .result import StepResult
+from .tuning.noise_estimator import Comparison, NoiseScaleEstimator
+from .tuning.noise_scale import NoiseScale
 
 
 @dataclass
 class LargeBatch:
     """The sums of one large batch: gradients, loss, weights.
 
-    ``loss`` and ``grad_norm`` are final after :meth:`close`.
+    ``loss`` and ``grad_norm`` are final after :meth:`close`. ``noise`` learns of the large batch when its
+    result is made.
     """
 
     shares: Shares
     accumulators: Accumulators
     meter: PeakMeter
     activations: str
+    noise: NoiseScaleEstimator | None = None
     micro_batches: int = 0
     micro_batch_size: int = 0
     host_bytes: int = 0
     spilled_bytes: int = 0
     loss: Tensor = field(init=False)
     grad_norm: Tensor = field(init=False)
+    _part: tuple[Tensor, Weight] | None = field(init=False, default=None)
+    _comparison: Comparison | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.loss = torch.zeros_like(self.accumulators.statistics[0])
@@ -48,6 +54,14 @@ class LargeBatch:
         self.micro_batches += 1
         self.micro_batch_size = max(self.micro_batch_size, samples)
 
+    def note_part(self, is_last: bool) -> None:
+        """A micro-batch is wholly in. The first that has weight is what the whole is compared with."""
+        if self.noise is None or self._part is not None or is_last:
+            return
+        weight = self.shares.handed_out
+        if isinstance(weight, Tensor) or weight > 0:
+            self._part = self.accumulators.sum_of_squares(), weight
+
     def note_waiting(self, store: HostStore) -> None:
         """What waited there at most."""
         self.host_bytes = store.peak_host_bytes
@@ -58,9 +72,22 @@ class LargeBatch:
         scale = self.shares.remaining_scale()
         self.loss = self.loss * scale
         self.grad_norm = self.accumulators.statistics[1].sqrt() * scale
+        unit: Weight = 1.0
         if grad_scaler is not None:
             # The scaler's factor, without reading it back to the host: what it makes of a one.
-            self.grad_norm = self.grad_norm / grad_scaler.scale(torch.ones_like(self.grad_norm))
+            unit = grad_scaler.scale(torch.ones_like(self.grad_norm))
+            self.grad_norm = self.grad_norm / unit
+        if self._part is not None:
+            squares, weight = self._part
+            whole = self.shares.handed_out
+            # Sums over this are the mean gradient's.
+            divisor = (whole * unit) ** 2
+            self._comparison = Comparison(
+                squares / divisor,
+                self.accumulators.statistics[1] / divisor,
+                weight / whole,
+                self.shares.samples,
+            )
         return scale
 
     def finite(self) -> tuple[bool, bool]:
@@ -82,6 +109,14 @@ class LargeBatch:
             reserved_bytes=self.meter.reserved_bytes(),
             host_bytes=self.host_bytes,
             spilled_bytes=self.spilled_bytes,
-            noise_scale=None,
+            noise_scale=self._noise_scale(),
             skipped=skipped,
         )
+
+    def _noise_scale(self) -> NoiseScale | None:
+        if self.noise is None:
+            return None
+        if self._comparison is not None:
+            finite = torch.isfinite(self.loss) & (self.accumulators.statistics[2] == 0.0)
+            self.noise.add(self._comparison, counts=finite)
+        return self.noise.estimate

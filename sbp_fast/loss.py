@@ -53,6 +53,11 @@ class Shares:
     Where the large batch is a stream, ``W`` is known only at its end. Shares are then relative to the
     first micro-batch, which keeps gradients at their usual magnitude, and :meth:`remaining_scale` is what
     everything must still be multiplied with.
+
+    Attributes:
+        samples: taken so far.
+        handed_out: what has been, with which the mean gradient of that counts: the sum of shares, or of
+            shares times samples where the loss sums over samples.
     """
 
     def __init__(self, contract: LossContract) -> None:
@@ -62,6 +67,7 @@ class Shares:
         self._total: Weight = 0.0
         self._is_announced = False
         self.samples = 0
+        self.handed_out: Weight = 0.0
 
     def announce(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Tells the whole large batch beforehand, so that every share is final when handed out.
@@ -89,7 +95,10 @@ class Shares:
             self._divisor = self._divide_by(unit, micro_batch.samples)
         self._total = self._total + weight
         self.samples += micro_batch.samples
-        return weight / self._divisor
+        share = weight / self._divisor
+        sums = self._contract.weigh is None
+        self.handed_out = self.handed_out + (share * micro_batch.samples if sums else share)
+        return share
 
     def divide(self, share: Weight, pieces: Sequence[MicroBatch]) -> list[Weight]:
         """The shares of all pieces of a micro-batch that had this one."""
@@ -106,6 +115,7 @@ class Shares:
         self._announced = iter(())
         self._total = 0.0
         self.samples = 0
+        self.handed_out = 0.0
         if not self._is_announced:
             self._divisor = None
 

@@ -20,6 +20,7 @@ from .loss import LossContract
 from .memory import parse_bytes
 from .ops import BACKENDS, GRADIENT_DTYPES
 from .parameters import Parameters
+from .tuning.noise_estimator import NoiseScaleEstimator
 
 # Wrappers whose gradients belong to several processes, by name: importing them all would take seconds.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -250,6 +251,17 @@ def check_grad_scaler(grad_scaler: Any) -> None:
         raise TypeError(
             f"grad_scaler is {grad_scaler!r}; it must be a torch.amp.GradScaler, or None"
         )
+
+
+def check_noise_scale(value: Any) -> NoiseScaleEstimator | None:
+    """What estimates it, or None."""
+    if isinstance(value, bool):
+        return NoiseScaleEstimator() if value else None
+    if not isinstance(value, NoiseScaleEstimator):
+        raise TypeError(
+            f"noise_scale is {value!r}; it must be True, False, or a sbp_fast.tuning.NoiseScaleEstimator"
+        )
+    return value
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .tuning.noise_scale import NoiseScale
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -29,7 +31,10 @@ class StepResult:
             norm keeps of the other micro-batches while one computes, or what ``activations="offload"``
             sends there. None of it is in ``peak_bytes``, on the CPU either. 0 where nothing waits.
         spilled_bytes: the same for what waited in files, beyond ``host_budget``.
-        noise_scale: None; the gradient noise scale is not available yet.
+        noise_scale: the gradient noise scale, smoothed over the large batches so far: see
+            :class:`sbp_fast.tuning.NoiseScale`. Those that are skipped, or are a single micro-batch,
+            leave it as it was. None before the first that counts, where it is not asked for, and with
+            exact batch norm or a cross-sample loss: there no part of the gradient is a smaller batch's.
         skipped: True where the loss or the gradient was not finite, so that no update was made.
     """
 
@@ -43,5 +48,5 @@ class StepResult:
     reserved_bytes: int | None
     host_bytes: int
     spilled_bytes: int
-    noise_scale: Tensor | None
+    noise_scale: NoiseScale | None
     skipped: bool

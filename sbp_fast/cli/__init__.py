@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the command, returns its exit status."""
     # Imported here: `import sbp_fast` must not pay for its commands.
     from ..bench import cli as bench
-    from . import demo, doctor, plan, verify
+    from . import advise, demo, doctor, plan, verify
 
     parser = argparse.ArgumentParser(
         prog="sbp-fast",
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command, help_text in (
         ("doctor", doctor, "say what is built and usable, what is not, why, and what to do"),
         ("plan", plan, "predict how large a micro-batch fits into a memory budget"),
+        ("advise", advise, "measure up to which batch size a larger batch saves steps"),
         ("demo", demo, "train a ResNet on real images under a memory budget"),
         (
             "verify",

@@ -145,6 +145,16 @@ class Accumulators:
         # Where another part has come before this one, its statistics are not those of the sum.
         self._observed_twice |= self._observed[index]
 
+    def sum_of_squares(self) -> Tensor:
+        """Of all that is in so far, between two micro-batches; float64, no dimensions. One read."""
+        unwatched = self._hooks.unwatched
+        sums = [p.grad if i in unwatched else self._sums[i] for i, p in enumerate(self._parameters)]
+        statistics = torch.zeros_like(self.statistics)
+        ops.gradient_statistics_(
+            [total for total in sums if total is not None], statistics, backend=self._backend
+        )
+        return statistics[1]
+
     def _add(self, index: int, gradient: Tensor) -> None:
         self._check_dense(index, gradient)
         if index in self._left_out:

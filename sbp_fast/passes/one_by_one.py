@@ -89,6 +89,7 @@ def _compute_in_pieces(
                 pieces[:0] = _divided(rest, halves, computation)
                 continue
         large_batch.count(piece.micro_batch.samples)
+    large_batch.note_part(arrival.is_last)
 
 
 def _divided(piece: _Piece, parts: Sequence[MicroBatch], computation: Computation) -> list[_Piece]:

@@ -459,7 +459,7 @@ class TestLeftAlone:
         assert added == {4: 6}
 
     def test_compiled_code(self, added: Added) -> None:
-        """In one graph, as without us."""
+        """The same graph as without us, whoever else makes a step."""
         model, (inputs, targets) = mlp().double(), batch()
         oracle = full_batch(copy.deepcopy(model), functional.cross_entropy, inputs, targets)
         graphs: list[list[Any]] = []
@@ -469,15 +469,21 @@ class TestLeftAlone:
             return graph
 
         first = torch.compile(model[:2], backend=backend, fullgraph=True)
-        compiled = nn.Sequential(first, model[2:])
-        first(inputs[:UNEVEN])
-        accumulator_for(compiled, probe=False).backward(inputs, targets)
-        assert len(graphs) > 1, "compiled during the step, too"
-        assert all(graph == graphs[0] for graph in graphs)
-        assert_gradients_match(
-            gradients_of(model), oracle.gradients, tolerances.STEP[torch.float64]
-        )
-        assert len(added) == 2
+        first(inputs[: SAMPLES // 2])
+        for others in range(2):
+            compiled = nn.Sequential(first, copy.deepcopy(model[2:]))
+            accumulator = accumulator_for(compiled, probe=False, micro_batch_size=SAMPLES // 2)
+            accumulator.backward(inputs, targets)
+            gradients = [parameter.grad for parameter in compiled.parameters()]
+            assert_gradients_match(
+                dict(zip(oracle.gradients, gradients, strict=True)),
+                oracle.gradients,
+                tolerances.STEP[torch.float64],
+            )
+            # Once before the step, and once in the first.
+            assert len(graphs) == 2, others
+        assert graphs[0] == graphs[1]
+        assert added == {2: 4, 3: 4}
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
     def test_scripted_code(self, added: Added) -> None:

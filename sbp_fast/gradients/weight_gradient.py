@@ -121,8 +121,7 @@ class Linear(_WithReceiver):
     ) -> Tensor:
         _WithReceiver.keep(ctx, input, weight, dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # All in one dtype: autocast has nothing to cast, nor to keep for others, to whom it would have
-        # no graph.
+        # All in one dtype: autocast, where it is on, finds nothing left to cast.
         return _linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod

@@ -1,11 +1,12 @@
 """Builds the native libraries of sbp_fast with ninja.
 
-They are plain shared objects that register ops through PyTorch's stable ABI, not Python modules: one
-build serves every Python and every torch >= 2.10. ``SBP_FAST_BUILD`` says what to build:
+Kernels are plain shared objects that register ops through PyTorch's stable ABI: one build serves every
+Python and every torch >= 2.10. The prefetcher is a Python module, for the Python that builds it.
+``SBP_FAST_BUILD`` says what to build:
 
 ``auto``  what this machine can build (the default); what is left out is named with its reason
-``cpu``   the CPU kernels; an error if they cannot be built
-``cuda``  the CPU and the CUDA kernels; an error if they cannot be built
+``cpu``   the CPU kernels and the prefetcher; an error if they cannot be built
+``cuda``  the CPU and the CUDA kernels and the prefetcher; an error if they cannot be built
 ``none``  nothing: pure Python and Triton
 
 setup.py calls `build`. Without setuptools, ``python build_native.py`` builds into the source tree.
@@ -25,12 +26,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
+WANTED = {
+    "auto": ("cpu", "cuda", "prefetch"),
+    "cpu": ("cpu", "prefetch"),
+    "cuda": ("cpu", "cuda", "prefetch"),
+    "none": (),
+}
 
 # The oldest torch whose stable ABI the libraries ask for: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -64,6 +71,7 @@ class Library:
     flags: list[str]
     link_flags: list[str]
     sources: dict[Path, tuple[str, ...]]
+    file_name: str
     # Compiler and source of a shared object that is linked against but never shipped.
     link_stand_in: tuple[list[str], Path] | None = None
 
@@ -75,7 +83,7 @@ def build(folder: Path, work: Path) -> None:
         raise SystemExit(f"SBP_FAST_BUILD is {choice!r}; it must be one of {', '.join(WANTED)}")
     folder.mkdir(parents=True, exist_ok=True)
     # What an earlier build left must not be loaded or shipped, whatever becomes of this one.
-    for old in (folder / "build.json", *folder.glob("libsbp_fast_*.so")):
+    for old in (folder / "build.json", *folder.glob("*.so")):
         old.unlink(missing_ok=True)
 
     built: dict[str, str] = {}
@@ -87,7 +95,7 @@ def build(folder: Path, work: Path) -> None:
             continue
         try:
             library = describe()
-            shutil.copy(compile_and_link(name, library, work.resolve() / name), folder)
+            shutil.copy(compile_and_link(library, work.resolve() / name), folder)
             built[name] = library.built_with
         except CannotBuildError as reason:
             left_out[name] = str(reason)
@@ -159,6 +167,7 @@ def cpu_library() -> Library:
         ],
         link_flags=["-shared", *torch_libraries(torch)],
         sources=sources,
+        file_name="libsbp_fast_cpu.so",
     )
 
 
@@ -206,12 +215,42 @@ def cuda_library() -> Library:
             *("-shared", "-cudart", "static", *ccbin, "-Xlinker=--exclude-libs,ALL"),
             *torch_libraries(torch),
         ],
-        sources=dict.fromkeys(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ()),
+        # With the prefetcher's engine: its module must load where there is no CUDA.
+        sources=dict.fromkeys(
+            [
+                *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+                ROOT / "csrc" / "prefetch" / "cuda_engine.cu",
+            ],
+            (),
+        ),
+        file_name="libsbp_fast_cuda.so",
         link_stand_in=(compiler, stand_in),
     )
 
 
-LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}
+def prefetch_module() -> Library:
+    compiler = host_compiler()
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        raise CannotBuildError(
+            f"{headers / 'Python.h'} was not found; install Python's headers (apt install python3-dev)"
+        )
+    # pybind11's headers come with torch, so that a build without network needs no other package.
+    return Library(
+        compiler=compiler,
+        built_with=f"{first_line([*compiler, '--version'])}, for Python {platform.python_version()}",
+        flags=[
+            *("-std=c++20", "-O3", "-isystem", str(torch_folder() / "include")),
+            *("-isystem", str(headers), "-pthread"),
+            *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+        ],
+        link_flags=["-shared", "-pthread"],
+        sources={ROOT / "csrc" / "prefetch" / "bindings.cpp": ()},
+        file_name=f"prefetch{sysconfig.get_config_var('EXT_SUFFIX')}",
+    )
+
+
+LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library, "prefetch": prefetch_module}
 
 
 def output_of(command: list[str]) -> str:
@@ -232,11 +271,11 @@ def find_ninja() -> list[str]:
     raise CannotBuildError("ninja was not found; pip install ninja, or apt install ninja-build")
 
 
-def compile_and_link(name: str, library: Library, work: Path) -> Path:
+def compile_and_link(library: Library, work: Path) -> Path:
     """The shared object, in ``work``."""
     ninja = find_ninja()
     work.mkdir(parents=True, exist_ok=True)
-    target = work / f"libsbp_fast_{name}.so"
+    target = work / library.file_name
     (work / "build.ninja").write_text(ninja_file(library, target))
     # From the root, sources have relative names: messages say csrc/..., wherever that was.
     command = [*ninja, "-f", str(work / "build.ninja")]

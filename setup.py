@@ -30,15 +30,15 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The libraries depend on the platform but not on Python: py3-none-<platform>."""
+    """The prefetcher is a module for one Python; a wheel without native code serves all."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.root_is_pure = os.environ.get("SBP_FAST_BUILD") == "none"
 
     def get_tag(self) -> tuple[str, str, str]:
-        _, _, tag_platform = super().get_tag()
-        return "py3", "none", tag_platform
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if self.root_is_pure else tag
 
 
 setup(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +13,8 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
-from .activations import activations_of
-from .batches import MicroBatch, PyTree, cut, is_stream, split, split_stream, whole_of
+from .activations import Automatic, activations_of
+from .batches import MicroBatch, PyTree, whole_of
 from .buffers import Buffers
 from .first_look import Check, FirstLook
 from .forward import Forward
@@ -35,7 +34,6 @@ from .loss import Shares, read_contract
 from .loss_probe import probe_loss
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
-from .memory.micro_batch_size import MicroBatchSize
 from .memory.out_of_memory import NothingSmallerError
 from .memory.peak import PeakMeter
 from .memory.step_budget import StepBudget
@@ -47,8 +45,10 @@ from .passes.twice import compute_twice
 from .passes.until_it_fits import compute_until_it_fits
 from .passes.waiting import WaitingBytes
 from .result import StepResult
-from .streaming import Arrival, PinnedRing, stream_to
+from .splitting import Cost, Splitting
+from .streaming import Arrival, make_ring, stream_to
 from .transaction import Transaction
+from .update import Update
 
 if TYPE_CHECKING:
     from .planning.automatic import AutomaticSize
@@ -72,6 +72,10 @@ class StreamedAccumulator:
         micro_batch_size: samples computed at once. ``"auto"``: as many as, says :func:`sbp_fast.plan`,
             ``memory_budget`` or the free CUDA memory allows; on a CPU without a budget, 32. Where memory
             runs out all the same, the step goes on with half as many, and so do later ones.
+        micro_batch_cost: for samples of different lengths: ``micro_batch_cost(inputs)`` is what a micro-
+            batch of these inputs costs (``inputs.numel()``, its tokens, say), and ``micro_batch_size``
+            the most that one may cost, instead of a number of samples. A piece takes as many samples,
+            in their order, as that allows. Samples must not make it cheaper. None: samples count alike.
         memory_budget: the most device memory that a step may take, parameters and optimizer state
             included: ``"8GiB"`` or bytes; None for all that the device has. On the CPU the bytes of
             tensors are counted, see :func:`sbp_fast.memory.memory_budget`; a few percent of the time.
@@ -96,7 +100,10 @@ class StreamedAccumulator:
             batches joined along the first dimension: for losses that compare samples.
         activations: ``"keep"``: they live from forward to backward. ``"recompute"``: the model's repeated
             blocks keep their inputs alone and are computed again in backward; ``"offload"``: what the
-            backward pass needs waits in pinned host memory. The gradient is the same.
+            backward pass needs waits in pinned host memory. ``"auto"``: kept where a plan says that it
+            fits into ``memory_budget`` or the free CUDA memory, else as few blocks computed again as must
+            be, else offloaded; kept on a CPU without a budget, and with a ``micro_batch_cost``. The
+            gradient is the same.
         max_grad_norm: clips the large batch's gradient to this 2-norm.
         autocast: ``torch.bfloat16``, ``torch.float16`` or a ``torch.autocast`` object for model and loss;
             None leaves the caller's context as it is.
@@ -116,6 +123,7 @@ class StreamedAccumulator:
         loss_fn: Callable[..., Any] | None,
         *,
         micro_batch_size: int | str = "auto",
+        micro_batch_cost: Cost | None = None,
         memory_budget: str | int | None = None,
         host_budget: str | int | None = None,
         spill_directory: str | os.PathLike[str] | None = None,
@@ -124,7 +132,7 @@ class StreamedAccumulator:
         batch_norm: str = "exact",
         dropout: str = "per_sample",
         cross_sample_loss: bool = False,
-        activations: str = "keep",
+        activations: str = "auto",
         max_grad_norm: float | None = None,
         autocast: torch.dtype | torch.autocast | None = None,
         grad_scaler: GradScaler | None = None,
@@ -153,10 +161,13 @@ class StreamedAccumulator:
         self._modules = modules_of(model, loss_fn)
         self._activations = activations_of(activations, self._modules, self._host_budget)
         self._optimizer = optimizer
-        self._wanted_size = options.check_micro_batch_size(micro_batch_size)
-        self._size = MicroBatchSize(self._wanted_size or 1)
+        self._update = Update(optimizer, grad_scaler)
+        self._wanted_size = options.check_micro_batch_size(micro_batch_size, micro_batch_cost)
+        self._has_cost = micro_batch_cost is not None
+        self._splitting = Splitting(loss_fn, micro_batch_cost)
         self._plan_options = {
-            **{"policy": activations, "batch_norm": batch_norm, "dropout": dropout},
+            **{"activations": activations, "host_budget": self._host_budget},
+            **{"batch_norm": batch_norm, "dropout": dropout},
             **{"cross_sample_loss": cross_sample_loss, "autocast": autocast, "backend": backend},
         }
         self._contract = (
@@ -193,13 +204,15 @@ class StreamedAccumulator:
         A loss or gradient that is not finite makes no update: the step is skipped,
         ``result.skipped`` is True, and parameters, buffers, optimizer state and ``p.grad`` are as they
         were. To decide that, the device is waited for once, after the last micro-batch. An exception
-        leaves all of them as they were, too, unless the optimizer itself raised half way.
+        leaves all of them as they were, too, unless the optimizer itself raised half way: where that is
+        for lack of memory, the message says so.
 
         Args:
             inputs: tensors of shape ``(samples, ...)``, alone or in dicts, tuples and lists, on host,
-                pinned, memory-mapped or device memory; or an iterable (not a list or tuple) of
-                micro-batches: of ``(inputs, targets)`` pairs, or of inputs where ``loss_fn`` is None.
-                Items larger than ``micro_batch_size`` are split further.
+                pinned, memory-mapped or device memory, or :class:`sbp_fast.data.Rows` of them; or an
+                iterable (not a list or tuple) of micro-batches: of ``(inputs, targets)`` pairs, or of
+                inputs where ``loss_fn`` is None. Items larger than ``micro_batch_size`` are split
+                further.
             targets: the same for the targets.
 
         Raises:
@@ -207,24 +220,28 @@ class StreamedAccumulator:
                 add up as declared.
         """
         self._follow_changes()
-        micro_batches, shares = self._split(inputs, targets)
+        shares = Shares(self._contract)
+        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
         with self._within_budget(micro_batches), self._transaction as transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
-            self._size.end_step()
+            self._splitting.end_step()
             finite_loss, finite_gradient = large_batch.finite()
             skipped = not (finite_loss and finite_gradient)
             if not skipped:
-                self._update()
+                self._update.make()
             elif not finite_gradient:
-                self._show_overflow()
+                self._update.show_overflow()
             # An autocast context of the caller's would go on with copies of the old parameters.
             torch.clear_autocast_cache()
             if skipped:
                 transaction.roll_back()
             else:
                 transaction.clear_gradients()
-            return large_batch.result(skipped)
+            result = large_batch.result(skipped)
+            if self._automatic is not None:
+                self._automatic.learn_from(result)
+            return result
 
     def backward(self, inputs: PyTree | Iterable[Any], targets: PyTree = None) -> StepResult:
         """The same without the update: leaves the large batch's gradient in ``p.grad``.
@@ -237,11 +254,12 @@ class StreamedAccumulator:
         Takes and raises what :meth:`step` does.
         """
         self._follow_changes()
-        micro_batches, shares = self._split(inputs, targets)
+        shares = Shares(self._contract)
+        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
         with self._within_budget(micro_batches), self._transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
-            self._size.end_step()
+            self._splitting.end_step()
             return large_batch.result(skipped=False)
 
     def _follow_changes(self) -> None:
@@ -273,7 +291,7 @@ class StreamedAccumulator:
             None if self._memory_budget is None else StepBudget(device, self._memory_budget)
         )
         self._automatic: AutomaticSize | None = None
-        self._ring = PinnedRing(device) if device.type == "cuda" else None
+        self._ring = make_ring(device)
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
         self._buffers = Buffers(self._modules, earlier=self._transaction.buffers)
@@ -305,12 +323,11 @@ class StreamedAccumulator:
 
     def _stream(self, micro_batches: Iterable[MicroBatch], shares: Shares) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
-        comes_once = not isinstance(micro_batches, list)
         micro_batches = self._first_look.at(micro_batches, self._forward, self._device)
         must_meet = self._must_meet()
         all_at_once = must_meet or self._cross_sample_loss
         meter = PeakMeter(self._device)
-        arrivals = self._arrivals(micro_batches, keep=comes_once and all_at_once)
+        arrivals = self._arrivals(micro_batches, keep=all_at_once)
         with (
             torch.enable_grad(),
             Sampling(
@@ -331,7 +348,9 @@ class StreamedAccumulator:
                 shares.start_over()
 
             def begin() -> Computation:
-                large_batch = LargeBatch(shares, self._new_accumulators(), meter)
+                large_batch = LargeBatch(
+                    shares, self._new_accumulators(), meter, str(self._activations)
+                )
                 return Computation(
                     *(self._device, self._forward, large_batch, sampling),
                     *(self._grad_scaler, self._fused),
@@ -343,16 +362,22 @@ class StreamedAccumulator:
                         micro_batches, self._forward, self._modules, self._host_store(meter)
                     )
                 computation = compute_until_it_fits(
-                    arrivals, begin, self._compute_together, start_over, self._size
+                    arrivals, begin, self._compute_together, start_over, self._splitting
                 )
             elif self._cross_sample_loss:
                 compute = partial(compute_twice, buffers=self._transaction.buffers)
                 computation = compute_until_it_fits(
-                    arrivals, begin, compute, start_over, self._size
+                    arrivals, begin, compute, start_over, self._splitting
                 )
             else:
                 computation = begin()
-                compute_one_by_one(arrivals, computation, self._size, self._buffers)
+                compute_one_by_one(
+                    arrivals,
+                    computation,
+                    self._splitting,
+                    at_beginning=self._transaction.buffers,
+                    later=self._buffers,
+                )
         if store is not None:
             computation.large_batch.note_waiting(store)
         return computation.large_batch
@@ -398,29 +423,17 @@ class StreamedAccumulator:
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
         return store
 
-    def _split(
-        self, inputs: PyTree | Iterable[Any], targets: PyTree
-    ) -> tuple[Iterable[MicroBatch], Shares]:
-        shares = Shares(self._contract)
-        with_targets = self._loss_fn is not None
-        if not is_stream(inputs):
-            (whole,) = split(inputs, targets, sys.maxsize, with_targets=with_targets)
-            micro_batches = cut(whole, self._size_for(whole))
-            shares.announce(micro_batches)
-            return micro_batches, shares
-        if targets is not None:
-            raise ValueError(
-                "targets were given beside an iterable of micro-batches; let the iterable yield pairs "
-                "(inputs, targets)"
-            )
-        items = split_stream(inputs, sys.maxsize, with_targets=with_targets)
-        return (piece for item in items for piece in cut(item, self._size_for(item))), shares
-
     def _size_for(self, whole: MicroBatch) -> int:
-        """Samples of it that are computed at once."""
-        if self._wanted_size is None:
-            self._size.want(self._sizes().size_for(whole))
-        return self._size.current
+        """Samples of it that are computed at once; what becomes of activations is decided with it."""
+        if self._wanted_size is None or self._chooses_activations():
+            return self._sizes().size_for(whole)
+        return self._wanted_size
+
+    def _chooses_activations(self) -> bool:
+        """Whether there is a choice: on a CPU without a budget, and where samples differ in cost, all are
+        kept."""
+        is_bounded = self._memory_budget is not None or self._device.type == "cuda"
+        return is_bounded and isinstance(self._activations, Automatic) and not self._has_cost
 
     def _sizes(self) -> AutomaticSize:
         # Here, since plans are made by accumulators.
@@ -429,7 +442,7 @@ class StreamedAccumulator:
         if self._automatic is None:
             self._automatic = AutomaticSize(
                 *(self._model, self._loss_fn, self._optimizer, self._device),
-                *(self._memory_budget, self._plan_options),
+                *(self._memory_budget, self._wanted_size, self._activations, self._plan_options),
             )
         return self._automatic
 
@@ -441,30 +454,3 @@ class StreamedAccumulator:
         self._finaliser.check_narrowed(
             self._parameters.trainable, large_batch.accumulators.statistics
         )
-
-    def _update(self) -> None:
-        scaler = self._grad_scaler
-        if scaler is None:
-            self._optimizer.step()
-            return
-        with _scaler_kept(scaler):
-            scaler.step(self._optimizer)
-            scaler.update()
-
-    def _show_overflow(self) -> None:
-        """Shows the scaler a gradient that is not finite, so that it lowers its scale."""
-        if self._grad_scaler is not None:
-            with _scaler_kept(self._grad_scaler):
-                self._grad_scaler.unscale_(self._optimizer)
-                self._grad_scaler.update()
-
-
-@contextmanager
-def _scaler_kept(scaler: GradScaler) -> Iterator[None]:
-    """A scaler remembers that gradients were unscaled until it is updated. If that never comes, the next
-    step would go without."""
-    try:
-        yield
-    except BaseException:
-        scaler.update(scaler.get_scale())
-        raise

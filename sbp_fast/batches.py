@@ -1,20 +1,24 @@
 """Splits a large batch into micro-batches.
 
-A batch is a pytree: tensors and NumPy arrays (memory-mapped ones included) in dicts, lists, tuples or
-named tuples, nested as one likes. Their first dimension counts the samples. Everything else in the
-tree, and tensors of no dimension, go to every micro-batch as they are.
+A batch is a pytree: tensors, NumPy arrays (memory-mapped ones included) and `Rows` in dicts, lists,
+tuples or named tuples, nested as one likes. Their first dimension counts the samples. Everything else in
+the tree, and tensors of no dimension, go to every micro-batch as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .data.rows import Rows
+from .host_memory import host_memory
 
 PyTree = Any
 
@@ -24,7 +28,8 @@ class MicroBatch:
     """One piece of a large batch, still where the large batch lies.
 
     ``cut_from``: the inputs and targets, of a large batch or of one item of a stream, whose rows these
-    are; None once they have left for a device. ``borrowed``: their memory is the caller's.
+    are; None once they have left for a device. ``borrowed``: their memory is the caller's, or host memory
+    of the stream's, and no memory of the device.
     """
 
     inputs: PyTree
@@ -117,20 +122,30 @@ def split_stream(
         )
 
 
+def begun(stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same stream, of which the first micro-batch has been taken already."""
+    return chain((next(stream),), stream)
+
+
 def cut(micro_batch: MicroBatch, size: int) -> list[MicroBatch]:
     """Pieces of at most ``size`` samples, as views; the micro-batch itself where it has no more."""
     if micro_batch.samples <= size:
         return [micro_batch]
     return [
-        MicroBatch(
-            rows(micro_batch.inputs, start, min(start + size, micro_batch.samples)),
-            rows(micro_batch.targets, start, min(start + size, micro_batch.samples)),
-            min(size, micro_batch.samples - start),
-            cut_from=micro_batch.cut_from,
-            borrowed=micro_batch.borrowed,
-        )
+        part_of(micro_batch, start, min(start + size, micro_batch.samples))
         for start in range(0, micro_batch.samples, size)
     ]
+
+
+def part_of(micro_batch: MicroBatch, start: int, stop: int) -> MicroBatch:
+    """Its samples from ``start`` to ``stop``, as views."""
+    return MicroBatch(
+        rows(micro_batch.inputs, start, stop),
+        rows(micro_batch.targets, start, stop),
+        stop - start,
+        cut_from=micro_batch.cut_from,
+        borrowed=micro_batch.borrowed,
+    )
 
 
 def count_samples(inputs: PyTree, targets: PyTree) -> int:
@@ -199,19 +214,31 @@ def first_samples(micro_batch: MicroBatch, most: int) -> MicroBatch:
 
 def has_samples(leaf: Any) -> bool:
     """True where the leaf's first dimension counts samples."""
-    return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
+    return isinstance(leaf, (Tensor, np.ndarray, Rows)) and leaf.ndim > 0
 
 
-def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor over a NumPy array's rows. Copied where the array cannot be written (memory maps) or
-    runs backwards, neither of which a tensor can."""
-    if (
-        not array.flags.writeable
-        or isinstance(array, np.memmap)
-        or min(array.strides, default=0) < 0
-    ):
-        array = np.array(array, order="C")
-    return torch.from_numpy(array)
+def as_tensor(leaf: np.ndarray[Any, Any] | Rows) -> Tensor:
+    """Rows, gathered; or a tensor over a NumPy array's memory, copied where that cannot be viewed."""
+    if isinstance(leaf, Rows):
+        with host_memory():
+            return leaf.gather()
+    if not can_be_viewed(leaf):
+        leaf = np.array(leaf, order="C")
+    return torch.from_numpy(leaf)
+
+
+def can_be_viewed(array: np.ndarray[Any, Any]) -> bool:
+    """Not where the array cannot be written (memory maps) or runs backwards: no tensor can."""
+    return (
+        array.flags.writeable
+        and not isinstance(array, np.memmap)
+        and min(array.strides, default=0) >= 0
+    )
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """With tensors for all `Rows`."""
+    return pytree.tree_map_only(Rows, as_tensor, tree)
 
 
 def _plain(tree: PyTree) -> PyTree:

@@ -25,6 +25,7 @@ class LargeBatch:
     shares: Shares
     accumulators: Accumulators
     meter: PeakMeter
+    activations: str
     micro_batches: int = 0
     micro_batch_size: int = 0
     host_bytes: int = 0
@@ -76,6 +77,7 @@ class LargeBatch:
             samples=self.shares.samples,
             micro_batches=self.micro_batches,
             micro_batch_size=self.micro_batch_size,
+            activations=self.activations,
             peak_bytes=self.meter.peak_bytes(),
             reserved_bytes=self.meter.reserved_bytes(),
             host_bytes=self.host_bytes,

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batches import MicroBatch, PyTree, as_tensor
+from .batches import MicroBatch, PyTree, as_tensor, gathered
+from .data.rows import Rows
 
 NORMALIZATIONS = ("auto", "mean", "tokens", "sum", "inverse_sqrt")
 IGNORE_INDEX = -100
@@ -317,7 +318,7 @@ class _ClassWeight:
 
 def _declared_weight(normalization: Callable[[PyTree], Weight], micro_batch: MicroBatch) -> Weight:
     tree = micro_batch.targets if micro_batch.targets is not None else micro_batch.inputs
-    weight = normalization(tree)
+    weight = normalization(gathered(tree))
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(
@@ -350,7 +351,7 @@ def _target_tensor(micro_batch: MicroBatch) -> Tensor:
 
 
 def _as_tensor(tree: PyTree, needed_by: str) -> Tensor:
-    if isinstance(tree, np.ndarray):
+    if isinstance(tree, (np.ndarray, Rows)):
         return as_tensor(tree)
     if not isinstance(tree, Tensor):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,41 +26,35 @@ _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"
 
 Normalization = str | Callable[[PyTree], "float | Tensor"]
 
-# Options whose other values belong to the contract but are not there yet: what works instead.
-_NOT_YET: dict[str, dict[Any, str]] = {
-    "activations": {"auto": "activations='keep', 'recompute' or 'offload'"},
-}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "batch_norm": ("exact", "micro_batch"),
     "dropout": ("per_sample", "native"),
     "cross_sample_loss": (False, True),
-    "activations": ("keep", "recompute", "offload"),
+    "activations": ("auto", "keep", "recompute", "offload"),
     "probe": (True, False),
     "backend": BACKENDS,
 }
 
 
 def check_choice(name: str, value: Any) -> None:
-    """Refuses a value that is unknown, or known but not available yet.
-
-    Raises:
-        NotImplementedError: the value will come; the message says what to pass instead.
-        ValueError: the value is unknown.
-    """
-    later = _NOT_YET.get(name, {})
-    if isinstance(value, Hashable) and value in later:
-        raise NotImplementedError(f"{name}={value!r} is not available yet; pass {later[value]}")
+    """Raises ValueError for a value that is unknown."""
     allowed = _ALLOWED[name]
     if value not in allowed:
-        raise ValueError(
-            f"{name} is {value!r}; it must be one of "
-            + ", ".join(repr(choice) for choice in (*allowed, *later))
-        )
+        raise ValueError(f"{name} is {value!r}; it must be one of " + ", ".join(map(repr, allowed)))
 
 
-def check_micro_batch_size(value: Any) -> int | None:
+def check_micro_batch_size(value: Any, cost: Any) -> int | None:
     """None for ``"auto"``. Raises TypeError for what is no int, ValueError for an int below 1."""
+    if cost is not None and not callable(cost):
+        raise TypeError(
+            f"micro_batch_cost is {cost!r}; it must be callable as micro_batch_cost(inputs), or None"
+        )
     if value == "auto":
+        if cost is not None:
+            raise ValueError(
+                "micro_batch_size is 'auto' with a micro_batch_cost; give the most that a micro-batch "
+                "may cost (16384 for tokens, say)"
+            )
         return None
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(

@@ -18,6 +18,8 @@ class StepResult:
         samples: samples in the large batch.
         micro_batches: how many pieces it was split into.
         micro_batch_size: the largest number of samples in one piece.
+        activations: what became of them: ``"keep"``, ``"recompute"``, ``"recompute 3 of 16 blocks"`` or
+            ``"offload"``.
         peak_bytes: the most device memory allocated at once during the step, in bytes. On CUDA the
             allocator's figure (its peak is reset when a step begins). On the CPU, where nothing counts
             by itself, the figure of an enclosing :func:`sbp_fast.memory.memory_budget`, else None.
@@ -36,6 +38,7 @@ class StepResult:
     samples: int
     micro_batches: int
     micro_batch_size: int
+    activations: str
     peak_bytes: int | None
     reserved_bytes: int | None
     host_bytes: int

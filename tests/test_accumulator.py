@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -768,3 +770,22 @@ class TestInputs:
             model, sgd(model), None, micro_batch_size=5, normalization="tokens"
         )
         check_gradients(accumulator, model, full_batch(model, None, batch), batch, None)
+
+
+def test_an_accumulator_is_in_no_cycle() -> None:
+    """Whoever lets go of one has its hooks and its memory back at once."""
+    model = nn.Linear(3, 2)
+    accumulator = StreamedAccumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        micro_batch_size=2,
+    )
+    accumulator.step(torch.randn(5, 3), torch.randint(0, 2, (5,)))
+    gone = weakref.ref(accumulator)
+    gc.disable()
+    try:
+        del accumulator
+        assert gone() is None
+    finally:
+        gc.enable()

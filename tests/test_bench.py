@@ -14,26 +14,31 @@ import torch
 from sbp_fast import ops
 from sbp_fast.bench import (
     activation_policies,
+    alternatives,
+    attention_models,
     batch_norm,
     cli,
     dropout,
     environment,
     exact,
     goals,
+    growth,
     kernels,
     plots,
     rivals,
     step,
 )
 from sbp_fast.bench.case import Case, Contender
+from sbp_fast.bench.image_sizes import StepSize
 from sbp_fast.bench.models import UNet, resnet18, resnet50
 from sbp_fast.bench.rows import COLUMNS, RATIO_KINDS, Row, as_table, read_csv, write_csv
 from sbp_fast.bench.shapes import resnet50_shapes
-from sbp_fast.bench.step import StepSize
 from sbp_fast.bench.stream_ceiling import FLOATS_MOVED, Ceilings
+from sbp_fast.bench.streaming import StreamSize
 from sbp_fast.bench.tensor_lists import TensorSets, make_set, make_sets
 from sbp_fast.bench.timing import Spread, measure, stopwatch_for
 from sbp_fast.bench.weight_gradients import LayerSize, NetworkSize
+from sbp_fast.bench.workloads import NETWORKS, Workload, make_problem
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (7,), (2, 3, 2, 2)]
@@ -43,13 +48,18 @@ TINY_PLAN = cli.Plan(
     kernel_rounds=2,
     step_rounds=2,
     activations=[(2, 3, 4, 5)],
-    sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
+    workloads=[Workload("ResNet-18", torch.float32, 4, 2)],
+    alternatives=[Workload("MLP", torch.float32, 4, 2)],
+    compiled=(),
+    growth=[Workload("GPT", torch.float32, batch, 2) for batch in (2, 6)],
+    growth_rounds=2,
     exact_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     exact_rounds=2,
     policy_sizes=[StepSize(pixels=32, batch=4, micro_batch=2)],
     policy_rounds=2,
     layer_sizes=[LayerSize(5, 7, 3), LayerSize(5, 7, 3, pixels=2)],
     network_sizes=[NetworkSize(8, 4, 2), NetworkSize(8, 4, 2, blocks=1)],
+    stream_sizes=[StreamSize(rows=16, row_bytes=64, batch=6, micro_batch=4, hidden=8)],
 )
 
 
@@ -382,6 +392,61 @@ def test_both_steps_leave_the_same_parameters(micro_batch):
     assert any(not torch.equal(before[name], plain) for name, plain in models[0].named_parameters())
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_workloads_can_be_trained(network: str, dtype: torch.dtype) -> None:
+    model, inputs, targets = make_problem(Workload(network, dtype, 3, 2), CPU, width=4)
+    outputs = model(inputs)
+    assert outputs.dtype == dtype
+    torch.nn.functional.cross_entropy(outputs, targets).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_attention_models_have_their_parameters() -> None:
+    # 12 d^2 + 13 d per layer, the last norm, and what is outside: patches, positions, head.
+    layers = 12 * (12 * 384**2 + 13 * 384) + 2 * 384
+    vit = attention_models.ViT(hidden=384, depth=12, pixels=224, patch=16, classes=1000)
+    outside = (3 * 16 * 16 + 1) * 384 + 196 * 384 + 385 * 1000
+    assert sum(parameter.numel() for parameter in vit.parameters()) == layers + outside
+    gpt = attention_models.GPT(hidden=384, depth=12, length=16, vocabulary=50)
+    assert sum(parameter.numel() for parameter in gpt.parameters()) == layers + 66 * 384
+
+
+def test_gpt_does_not_see_what_comes() -> None:
+    gpt = attention_models.GPT(hidden=8, depth=2, length=6, vocabulary=5).double()
+    tokens = torch.randint(0, 5, (2, 6))
+    changed = tokens.clone()
+    changed[:, 4:] = (tokens[:, 4:] + 1) % 5
+    torch.testing.assert_close(gpt(tokens)[..., :4], gpt(changed)[..., :4])
+    assert not torch.allclose(gpt(tokens)[..., 4:], gpt(changed)[..., 4:])
+
+
+@pytest.mark.parametrize("rival", [alternatives.ACCELERATE, alternatives.FABRIC])
+def test_alternatives_leave_the_same_parameters(rival: str) -> None:
+    rivals = alternatives.contenders(compiled=False)
+    if rival not in rivals:
+        pytest.skip(f"{rival} is not installed")
+    results = []
+    for name in (rival, step.PLAIN, step.OURS):
+        model, inputs, targets = make_problem(Workload("MLP", torch.float32, 4, 2), CPU, width=2)
+        call = rivals[name](model, inputs, targets, 2)
+        call(0)
+        call(1)
+        results.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1])
+
+
+def test_compiled_contenders_compute_the_same() -> None:
+    workload = Workload("MLP", torch.float32, 4, 2)
+    case = alternatives.make_case(workload, CPU, width=1, compiled=True)
+    compiled = [c for c in case.contenders if "torch.compile" in c.name]
+    assert [c.name for c in compiled] == [
+        alternatives.COMPILED.format(step.OURS), alternatives.COMPILED.format(step.PLAIN),
+    ]  # fmt: skip
+    assert compiled[0].opponents == {compiled[1].name: "time"}
+
+
 # The ceiling
 
 
@@ -438,7 +503,8 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_OVERHEAD_CALLS", 1)
     rows = cli.bench(CPU, TINY_PLAN, tmp_path, step_width=4)
     # The files keep six digits.
-    written = [row for name in cli.SUBJECTS for row in read_csv(tmp_path / f"{name}.csv")]
+    subjects = [subject for subject in cli.SUBJECTS if subject != "growth"]
+    written = [row for name in subjects for row in read_csv(tmp_path / f"{name}.csv")]
     assert [(row.case, row.contender, row.ratio_to) for row in written] == [
         (row.case, row.contender, row.ratio_to) for row in rows
     ]
@@ -450,8 +516,8 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
         assert row.ratio_kind in ("", *RATIO_KINDS)
     benchmarks = {
         "ceiling", "accumulate", "first write", "statistics", "finalise", "overhead", "step",
-        "batch norm", "dropout", "exact", "activations", "weight gradients",
-        "weight gradients, step",
+        "batch norm", "dropout", "alternatives", "exact", "activations", "weight gradients",
+        "weight gradients, step", "streaming",
     }  # fmt: skip
     assert {row.benchmark for row in rows} == benchmarks
     for subject in cli.SUBJECTS:
@@ -469,6 +535,14 @@ def test_bench_writes_rows_plots_and_environment(tmp_path, monkeypatch, capsys):
     for row in memory:
         assert (int(row["host_bytes"]) > 0) == ("offload" in row["contender"])
         assert float(row["device_ratio"]) < 1.05 or "save_on_cpu" in row["contender"]
+    with (tmp_path / "growth.csv").open() as file:
+        grown = list(csv.DictReader(file))
+    assert [row["batch"] for row in grown] == ["2", "6"]
+    assert float(grown[0]["ratio_to_smallest"]) == 1.0
+    assert all(float(row["ms_per_sample"]) > 0 for row in grown)
+    assert int(grown[1]["device_bytes"]) < 1.2 * int(grown[0]["device_bytes"])
+    with (tmp_path / "growth_overhead.csv").open() as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == [step.OURS, step.PLAIN]
     printed = capsys.readouterr().out
     assert "step: at most 1.02 times the plain loop" in printed
     assert "step: at most" in (tmp_path / "step_goals.txt").read_text()
@@ -491,11 +565,17 @@ def test_plots_are_drawn(tmp_path):
     kernel_rows = [make_row(), make_row(contender="torch"), make_row(case="fp32")]
     plots.draw_bandwidth(kernel_rows, tmp_path / "kernels.png")
     step_rows = [
-        make_row(benchmark="step", contender=step.OURS, case=StepSize(32, 16, size).name)
+        make_row(
+            benchmark="step",
+            contender=step.OURS,
+            case=Workload("MLP", torch.float32, 16, size).name,
+        )
         for size in (1, 4, 16)
     ]
     plots.draw_step(step_rows, tmp_path / "step.png")
-    for name in ("kernels.png", "step.png"):
+    grown = [growth.Growth("MLP, micro-batch 2", batch, 2, 1.5, 1.0, 3 << 20) for batch in (2, 8)]
+    plots.draw_growth(grown, tmp_path / "growth.png")
+    for name in ("kernels.png", "step.png", "growth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no row compares"):
         plots.draw_step(kernel_rows, tmp_path / "nothing.png")

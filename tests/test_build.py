@@ -6,6 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import pytest
 import build_native
 from sbp_fast.ops import native
 
-LIBRARIES = ("cpu", "cuda")
+LIBRARIES = ("cpu", "cuda", "prefetch")
+EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where an earlier build left both libraries."""
+    """Where an earlier build left all libraries."""
     folder = tmp_path / "_native"
     folder.mkdir()
     for name in LIBRARIES:
@@ -80,6 +82,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             flags=["-fPIC", "-isystem", str(root / "include dir")],
             link_flags=["-shared", f"-L{root / 'include dir'}"],
             sources={source: ()},
+            file_name="libsbp_fast_cpu.so",
         )
 
     monkeypatch.setattr(build_native, "ROOT", root)
@@ -201,6 +204,37 @@ def test_a_library_that_the_note_names_and_is_missing(installed: Path) -> None:
     assert "install the package again" in native._load("cpu").reason
 
 
+def test_a_prefetcher_for_another_python_is_not_loaded(installed: Path) -> None:
+    native.prefetch_module.cache_clear()
+    usable, reason = native.load_prefetch.__wrapped__()
+    assert not usable
+    assert "is missing, as it was built by another Python; install the package again" in reason
+
+    (installed / f"prefetch{EXTENSION}").write_text("no module")
+    usable, reason = native.load_prefetch.__wrapped__()
+    assert not usable
+    assert "the prefetch module does not load" in reason
+
+    note = {"choice": "none", "built": {}, "left_out": {"prefetch": "nobody wanted it"}}
+    (installed / "build.json").write_text(json.dumps(note))
+    native.build_note.cache_clear()
+    reason = native.load_prefetch.__wrapped__().reason
+    assert reason == "the prefetch module was not built: nobody wanted it"
+    native.prefetch_module.cache_clear()
+
+
+def test_the_prefetcher_needs_the_headers_of_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        build_native.sysconfig, "get_paths", lambda: {"include": str(tmp_path / "include")}
+    )
+    with pytest.raises(
+        build_native.CannotBuildError, match=r"Python.h was not found; install Pyth"
+    ):
+        build_native.prefetch_module()
+
+
 def test_an_unknown_capability_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBP_FAST_CPU_CAPABILITY", "avx1024")
     with pytest.raises(ValueError, match="'avx1024'; it must be one of baseline, avx2, avx512"):
@@ -233,7 +267,7 @@ def test_the_cuda_library_needs_nothing_but_torch_and_says_little() -> None:
     readelf = cuda_source.tool("readelf", package="Debian's binutils")
     exported = subprocess.check_output([nm, "-D", "--defined-only", path], text=True)
     ours = [line.split()[-1] for line in exported.splitlines() if "sbp_fast" in line]
-    assert ours == ["sbp_fast_cuda_probe"]
+    assert sorted(ours) == ["sbp_fast_copy_engine", "sbp_fast_cuda_probe"]
     needed = subprocess.check_output([readelf, "-d", path], text=True)
     assert "[libtorch_cuda.so]" in needed
     assert "libcudart" not in needed

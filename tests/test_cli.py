@@ -100,6 +100,17 @@ def test_doctor_survives_a_variable_that_names_no_usable_backend(
     assert re.search(r"^  reference +ok ", printed, re.MULTILINE)
 
 
+def test_doctor_says_what_becomes_of_micro_batches_without_the_prefetcher(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = {"choice": "auto", "built": {"prefetch": "a compiler"}, "left_out": {}}
+    monkeypatch.setattr(doctor, "build_note", lambda: note)
+    monkeypatch.setattr(doctor, "load_prefetch", lambda: Availability(False, "taken away"))
+    assert main(["doctor"]) == 0
+    line = "prefetch   built with a compiler; not loaded: taken away; the training thread gathers"
+    assert line in capsys.readouterr().out
+
+
 def test_doctor_says_that_the_variable_replaces_auto(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,7 +268,7 @@ def test_warnings_are_those_of_the_step_and_come_there() -> None:
         ({"batch_size": 0}, ValueError, "batch_size is 0; it must be at least 1"),
         ({"batch_size": 2.0}, TypeError, "batch_size is 2.0; it must be an int"),
         ({"device": "meta"}, ValueError, "device is 'meta'; it must be one of 'cpu', 'cuda'"),
-        ({"activations": "auto"}, ValueError, "'auto'; what can be planned is 'keep'"),
+        ({"activations": "some"}, ValueError, "activations is 'some'; it must be one of 'auto'"),
         ({"batch_norm": "best"}, ValueError, "batch_norm is 'best'; it must be one of"),
         ({"optimizer": 3}, TypeError, "optimizer is a int; it must be a torch.optim.Optimizer"),
     ],

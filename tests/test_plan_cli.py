@@ -122,7 +122,7 @@ def test_figure(capsys: pytest.CaptureFixture[str]) -> None:
         ("planned_subject:three --budget 1MiB", "returned a tuple of 3; expected (model, loss_fn"),
         ("planned_subject:small --budget much", "memory budget 'much' is no size"),
         ("planned_subject:small --budget 1MiB --device tpu", "tpu"),
-        ("planned_subject:small --budget 1MiB --activations auto", "can be planned is 'keep'"),
+        ("planned_subject:small --budget 1MiB --activations some", "it must be one of 'auto'"),
         (
             "planned_subject:small --budget 1MiB --output no/p.png",
             "there is no directory no; create",

@@ -23,6 +23,7 @@ EXACT = 1e-10
 def accumulator_for(
     model: nn.Module, size: int, budget: Any, **options: Any
 ) -> StreamedAccumulator:
+    """Whose micro-batches alone become smaller where memory does not suffice."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     return StreamedAccumulator(
         model,
@@ -31,7 +32,7 @@ def accumulator_for(
         micro_batch_size=size,
         memory_budget=budget,
         probe=False,
-        **options,
+        **{"activations": "keep", **options},
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import nn
@@ -34,6 +35,26 @@ class Blocks:
     whole: Sequence[nn.Module]
     cut: Sequence[tuple[nn.Sequential, Sequence[nn.Sequential]]]
     compiled: str | None
+
+    @property
+    def keys(self) -> list[nn.Module]:
+        """A module of the model's for each block: itself, or the first layer of a piece."""
+        first_layers = (piece[0] for _, pieces in self.cut for piece in pieces)
+        return list(dict.fromkeys([*self.whole, *first_layers]))
+
+    def in_copy(self, copies: Mapping[nn.Module, nn.Module]) -> Blocks:
+        """The same blocks of a copy of the model, given the copy of each module."""
+        return Blocks(
+            [copies[block] for block in self.whole],
+            [
+                (
+                    cast(nn.Sequential, copies[sequence]),
+                    [nn.Sequential(*map(copies.__getitem__, piece)) for piece in pieces],
+                )
+                for sequence, pieces in self.cut
+            ],
+            self.compiled,
+        )
 
 
 def find_blocks(model: nn.Module) -> Blocks:

@@ -49,6 +49,9 @@ class Offload:
         self._budget = budget
         self._lanes: dict[torch.device, Lane] = {}
 
+    def __str__(self) -> str:
+        return "offload"
+
     @contextmanager
     def during(
         self,

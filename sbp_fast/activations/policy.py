@@ -1,9 +1,10 @@
-"""The choice among the ways to treat activations, and what all of them offer a step."""
+"""The ways to treat activations, and what all of them offer a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,14 +12,33 @@ from torch import nn
 
 from ..memory import LiveBytes
 from ..memory.host_store import HostStore
-from .offload import Offload
-from .recompute import Recompute
 
 Meets = Callable[[Sequence[nn.Module]], bool]
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of activations. As text: ``"keep"``, ``"recompute 3 of 16 blocks"``.
+
+    Attributes:
+        name: ``"keep"``, ``"recompute"`` or ``"offload"``.
+        recomputed: the keys (:attr:`.blocks.Blocks.keys`) of the blocks that are computed again, where
+            these are not all; the others are kept.
+        blocks: how many there are.
+    """
+
+    name: str
+    recomputed: frozenset[nn.Module] | None = None
+    blocks: int = 0
+
+    def __str__(self) -> str:
+        if self.recomputed is None:
+            return self.name
+        return f"{self.name} {len(self.recomputed)} of {self.blocks} blocks"
+
+
 class Activations(Protocol):
-    """One way, for all steps of an accumulator."""
+    """One way, for all steps of an accumulator; as text, which."""
 
     def during(
         self, device: torch.device, counter: LiveBytes | None, *, meets: Meets | None
@@ -37,24 +57,10 @@ class Activations(Protocol):
 class Keep:
     """``activations="keep"``: they live from forward to backward."""
 
+    def __str__(self) -> str:
+        return "keep"
+
     def during(
         self, device: torch.device, counter: LiveBytes | None, *, meets: Meets | None
     ) -> AbstractContextManager[HostStore | None]:
         return nullcontext()
-
-
-def activations_of(
-    choice: str, modules: Sequence[nn.Module], host_budget: int | None
-) -> Activations:
-    """What the option says.
-
-    Args:
-        choice: ``"keep"``, ``"recompute"`` or ``"offload"``.
-        modules: of the step, the model first.
-        host_budget: bytes of host memory that may be used; None for no bound.
-    """
-    if choice == "recompute":
-        return Recompute(modules[0])
-    if choice == "offload":
-        return Offload(modules, host_budget)
-    return Keep()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -23,7 +23,7 @@ from ..memory import LiveBytes
 from ..memory.host_store import HostStore
 from .arguments import as_now
 from .block_buffers import BlockBuffers
-from .blocks import find_blocks
+from .blocks import Blocks, find_blocks
 
 Function = Callable[..., Any]
 
@@ -33,12 +33,22 @@ class Recompute:
 
     Args:
         model: whose blocks are computed again.
+        blocks: these; None: those that it has when a step begins.
+
+    Attributes:
+        only: of the blocks, those with these keys (:attr:`.blocks.Blocks.keys`); None: all.
+        writes: by key, whether a block was seen to change its inputs in place; no entry before its first
+            call, for which they are copied.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks | None = None) -> None:
         self._model = model
-        # Whether a block was seen to change its inputs in place; no entry before its first call.
-        self._writes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._blocks = blocks
+        self.only: Set[nn.Module] | None = None
+        self.writes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    def __str__(self) -> str:
+        return "recompute"
 
     @contextmanager
     def during(
@@ -56,7 +66,7 @@ class Recompute:
         Raises:
             torch.utils.checkpoint.CheckpointError: a block computed something else the second time.
         """
-        blocks = find_blocks(self._model)
+        blocks = self._blocks or find_blocks(self._model)
         if blocks.compiled is not None and not (blocks.whole or blocks.cut):
             warnings.warn(
                 f"activations='recompute' does nothing inside of compiled code ({blocks.compiled}); "
@@ -64,23 +74,14 @@ class Recompute:
                 "activations='offload'",
                 stacklevel=5,
             )
-        with ExitStack() as installed:
-            for block in blocks.whole:
-                if meets is not None and meets([block]):
-                    continue
-                attribute = "forward"
-                if getattr(block, "_compiled_call_impl", None) is not None:
-                    attribute = "_compiled_call_impl"
-                forward = self._twice(block, getattr(block, attribute), known_by=block)
-                installed.enter_context(_replaced(block, attribute, forward))
-            for sequence, pieces in blocks.cut:
-                steps = [
-                    piece.forward
-                    if meets is not None and meets([piece])
-                    else self._twice(piece, piece.forward, known_by=piece[0])
-                    for piece in pieces
-                ]
-                installed.enter_context(_replaced(sequence, "forward", partial(_in_turn, steps)))
+
+        def twice(block: nn.Module, native: Function, key: nn.Module) -> Function | None:
+            is_meant = self.only is None or key in self.only
+            if not is_meant or (meets is not None and meets([block])):
+                return None
+            return self._twice(block, native, key)
+
+        with forwards_replaced(blocks, twice):
             try:
                 yield None
             except CheckpointError as error:
@@ -91,11 +92,11 @@ class Recompute:
                     "activations='offload' or 'keep'"
                 ) from error
 
-    def _twice(self, block: nn.Module, native: Function, known_by: nn.Module) -> Function:
+    def _twice(self, block: nn.Module, native: Function, key: nn.Module) -> Function:
         """The block's forward, kept as its inputs alone.
 
         Args:
-            known_by: a module of the model's that stands for the block from step to step.
+            key: a module of the model's that stands for the block from step to step.
         """
         with_buffers = [module for module in block.modules() if module._buffers]
 
@@ -122,13 +123,41 @@ class Recompute:
             # A block that changes its inputs is computed again from copies of them. Whether it does is
             # seen when it is called for the first time.
             versions = [_version(leaf) for leaf in leaves]
-            kept = leaves if self._writes.get(known_by) is False else _copies(leaves)
+            kept = leaves if self.writes.get(key) is False else _copies(leaves)
             outputs = checkpoint(run, *map(as_now, kept), use_reentrant=False)
-            if known_by not in self._writes:
-                self._writes[known_by] = versions != [_version(leaf) for leaf in leaves]
+            if key not in self.writes:
+                self.writes[key] = versions != [_version(leaf) for leaf in leaves]
             return outputs
 
         return forward
+
+
+@contextmanager
+def forwards_replaced(
+    blocks: Blocks, replacement: Callable[[nn.Module, Function, nn.Module], Function | None]
+) -> Iterator[None]:
+    """While inside, blocks have other forwards.
+
+    Args:
+        replacement: ``replacement(block, forward, key)`` gives the other one, or None for none.
+    """
+    with ExitStack() as installed:
+        for block in blocks.whole:
+            attribute = "forward"
+            if getattr(block, "_compiled_call_impl", None) is not None:
+                attribute = "_compiled_call_impl"
+            forward = replacement(block, getattr(block, attribute), block)
+            if forward is not None:
+                installed.enter_context(_replaced(block, attribute, forward))
+        for sequence, pieces in blocks.cut:
+            others = [replacement(piece, piece.forward, piece[0]) for piece in pieces]
+            if any(others):
+                steps = [
+                    piece.forward if other is None else other
+                    for piece, other in zip(pieces, others, strict=True)
+                ]
+                installed.enter_context(_replaced(sequence, "forward", partial(_in_turn, steps)))
+        yield
 
 
 @contextmanager

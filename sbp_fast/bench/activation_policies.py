@@ -19,14 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..activations.blocks import find_blocks
 from .case import Case, Contender
+from .image_sizes import StepSize
 from .memory import Memory, peak_of
 from .models import UNet, resnet50
-from .step import PLAIN, StepSize, make_accumulator, plain_step
+from .step import PLAIN, make_accumulator, plain_step
 from .timing import Call
 
 POLICIES = ("keep", "recompute", "offload")
 CHECKPOINT = f"{PLAIN}, torch checkpoint"
 SAVE_ON_CPU = f"{PLAIN}, torch save_on_cpu"
+TORCHTUNE = f"{PLAIN}, torchtune OffloadActivations"
 
 _CLASSES = 10
 
@@ -50,7 +52,7 @@ def make_case(network: str, size: StepSize, device: torch.device, width: int) ->
     parameters = list(problem[0].parameters())
     return Case(
         benchmark="activations",
-        name=name_of(network, size),
+        name=size.name_of(network),
         dtype=torch.float32,
         tensors=len(parameters),
         elements=sum(parameter.numel() for parameter in parameters),
@@ -61,13 +63,9 @@ def make_case(network: str, size: StepSize, device: torch.device, width: int) ->
                 make(copy.deepcopy(problem[0]), *problem[1:], size.micro_batch),
                 {} if name == PLAIN else {PLAIN: "time"},
             )
-            for name, make in _CONTENDERS.items()
+            for name, make in _contenders(device).items()
         ],
     )
-
-
-def name_of(network: str, size: StepSize) -> str:
-    return size.name.replace("ResNet-18", network)
 
 
 def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Memory]:
@@ -75,13 +73,13 @@ def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Mem
     rows = []
     for network in networks():
         figures = {}
-        for name, make in _CONTENDERS.items():
+        for name, make in _contenders(device).items():
             model, inputs, targets = _problem(network, size, device, width)
             step = make(model, inputs, targets, size.micro_batch)
             figures[name] = peak_of(model, step, device), getattr(step(2), "host_bytes", 0)
         plain = figures[PLAIN][0]
         rows += [
-            Memory(name_of(network, size), name, peak, peak / plain, waiting)
+            Memory(size.name_of(network), name, peak, peak / plain, waiting)
             for name, (peak, waiting) in figures.items()
         ]
     return rows
@@ -108,12 +106,34 @@ def _saved_on_cpu(model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch
     return step
 
 
+def _offloaded_by_torchtune(
+    model: nn.Module, inputs: Tensor, targets: Tensor, micro_batch: int
+) -> Call:
+    from torchtune.training import OffloadActivations
+
+    plain = plain_step(model, inputs, targets, micro_batch)
+    offload = OffloadActivations()
+
+    def step(index: int) -> None:
+        with offload:
+            plain(index)
+
+    return step
+
+
 _CONTENDERS: dict[str, Callable[[nn.Module, Tensor, Tensor, int], Call]] = {
     **{f"activations={policy!r}": partial(_ours, policy) for policy in POLICIES},
     CHECKPOINT: _checkpointed,
     SAVE_ON_CPU: _saved_on_cpu,
     PLAIN: plain_step,
 }
+
+
+def _contenders(device: torch.device) -> dict[str, Callable[..., Call]]:
+    """Torchtune's offloading is for CUDA alone."""
+    if device.type == "cuda" and importlib.util.find_spec("torchtune") is not None:
+        return {**_CONTENDERS, TORCHTUNE: _offloaded_by_torchtune}
+    return _CONTENDERS
 
 
 def _problem(network: str, size: StepSize, device: torch.device, width: int) -> Problem:

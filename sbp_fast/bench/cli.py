@@ -12,26 +12,34 @@ import torch
 from ..memory import keep_freed_pages
 from . import (
     activation_policies,
+    alternatives,
     batch_norm,
     dropout,
     environment,
     exact,
     goals,
+    growth,
     kernels,
     plots,
     step,
+    streaming,
     weight_gradients,
 )
 from .activations import Activation
 from .case import Case
+from .image_sizes import StepSize
 from .memory import memory_table, write_memory
 from .rows import Row, as_table, write_csv
 from .shapes import resnet50_shapes
-from .step import StepSize
+from .streaming import StreamSize
 from .timing import stopwatch_for
 from .weight_gradients import LayerSize, NetworkSize
+from .workloads import NETWORKS, Workload
 
-SUBJECTS = ("kernels", "batch_norm", "dropout", "step", "exact", "activations", "weight_gradients")
+SUBJECTS = (
+    *("kernels", "batch_norm", "dropout", "step", "alternatives", "growth"),
+    *("exact", "activations", "weight_gradients", "streaming"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,18 @@ class Plan:
         ceiling_elements: of each array of the ceiling.
         kernel_rounds, step_rounds: measurements of each contender; layers have those of kernels.
         activations: of the layers.
-        sizes: of the steps.
+        workloads: of the steps.
+        alternatives: of the steps beside those of other tools.
+        compiled: networks that are compared under torch.compile as well.
+        growth: large batches of one network at one micro-batch size, smallest first.
+        growth_rounds: measurements of each of those.
         exact_sizes: of the steps with exact batch norm.
         exact_rounds: measurements of each of those.
         policy_sizes: of the steps in which activations are kept, recomputed and offloaded.
         policy_rounds: measurements of each of those.
         layer_sizes: of the layers whose weight gradients are fused.
         network_sizes: of the steps with such layers.
+        stream_sizes: of the steps on rows out of a file.
     """
 
     networks: int
@@ -57,34 +70,44 @@ class Plan:
     kernel_rounds: int
     step_rounds: int
     activations: Sequence[Activation]
-    sizes: Sequence[StepSize]
+    workloads: Sequence[Workload]
+    alternatives: Sequence[Workload]
+    compiled: Sequence[str]
+    growth: Sequence[Workload]
+    growth_rounds: int
     exact_sizes: Sequence[StepSize]
     exact_rounds: int
     policy_sizes: Sequence[StepSize]
     policy_rounds: int
     layer_sizes: Sequence[LayerSize]
     network_sizes: Sequence[NetworkSize]
+    stream_sizes: Sequence[StreamSize]
 
 
-_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_BATCH, _MICRO_BATCHES = 16, (1, 2, 4, 16)
 
 FULL = Plan(
     networks=4,
     ceiling_elements=50_000_000,
     kernel_rounds=31,
-    step_rounds=21,
+    step_rounds=9,
     # Of ResNet-50's second stage: eight images of 64 x 64, which stay in the caches, and 32 of 224 x 224,
     # which do not.
     activations=[(8, 256, 16, 16), (32, 256, 56, 56)],
-    sizes=[
-        StepSize(pixels, batch, micro_batch)
-        for pixels, batch in ((32, 16), (32, 32), (64, 16))
+    workloads=[
+        Workload(network, dtype, _BATCH, micro_batch)
+        for network in NETWORKS
+        for dtype in (torch.float32, torch.bfloat16)
         for micro_batch in _MICRO_BATCHES
     ],
+    alternatives=[Workload(network, torch.float32, _BATCH, 4) for network in NETWORKS],
+    compiled=("ResNet-18", "ViT"),
+    growth=[Workload("ResNet-18", torch.float32, batch, 8) for batch in (8, 32, 128, 512, 1024)],
+    growth_rounds=5,
     exact_sizes=[StepSize(64, 64, micro_batch) for micro_batch in (4, 8, 16)],
     exact_rounds=7,
     policy_sizes=[StepSize(64, 64, 32)],
-    policy_rounds=7,
+    policy_rounds=5,
     layer_sizes=[
         *(
             LayerSize(outputs, inputs, rows)
@@ -102,6 +125,8 @@ FULL = Plan(
         *(NetworkSize(4096, 16, micro_batch) for micro_batch in (1, 2, 4, 16)),
         *(NetworkSize(384, 16, micro_batch, blocks=6) for micro_batch in (1, 2, 4, 16)),
     ],
+    # Gathering takes less than computing in the first, and about as long in the second.
+    stream_sizes=[StreamSize(4096, 64 * 1024, 512, 64, hidden) for hidden in (512, 64)],
 )
 QUICK = Plan(
     networks=1,
@@ -109,20 +134,25 @@ QUICK = Plan(
     kernel_rounds=5,
     step_rounds=5,
     activations=[(8, 256, 16, 16)],
-    sizes=[StepSize(32, 16, micro_batch) for micro_batch in (1, 4, 16)],
+    workloads=[Workload("ResNet-18", torch.float32, _BATCH, size) for size in (1, 4, 16)],
+    alternatives=[Workload("MLP", torch.float32, _BATCH, 4)],
+    compiled=(),
+    growth=[Workload("GPT", torch.float32, batch, 4) for batch in (4, 16)],
+    growth_rounds=3,
     exact_sizes=[StepSize(64, 16, 8)],
     exact_rounds=3,
     policy_sizes=[StepSize(32, 8, 4)],
     policy_rounds=3,
     layer_sizes=[LayerSize(1024, 1024, 16), LayerSize(512, 2048, 1, pixels=7)],
     network_sizes=[NetworkSize(1024, 8, 2), NetworkSize(384, 8, 4, blocks=2)],
+    stream_sizes=[StreamSize(1024, 16 * 1024, 128, 32, 128)],
 )
 
 _STEP_WIDTH = 64
 
 # Benchmarks whose question is how long a caller waits, not how long a kernel runs.
 _HOST_COUNTS = (
-    *("overhead", "step", "exact", "activations"),
+    *("overhead", "step", "alternatives", "exact", "activations", "streaming"),
     *("weight gradients", "weight gradients, step"),
 )
 
@@ -200,8 +230,13 @@ def bench(
             makers = layer.cases(plan.activations, device)
             rows += _measure(subject, makers, plan.kernel_rounds, device, output)
     if "step" in subjects:
-        makers = step.cases(plan.sizes, device, step_width)
+        makers = step.cases(plan.workloads, device, step_width)
         rows += _measure("step", makers, plan.step_rounds, device, output)
+    if "alternatives" in subjects:
+        makers = alternatives.cases(plan.alternatives, device, step_width, compiled=plan.compiled)
+        rows += _measure("alternatives", makers, plan.step_rounds, device, output)
+    if "growth" in subjects:
+        _measure_growth(plan, device, output, step_width)
     for subject, steps, sizes, rounds in (
         ("exact", exact, plan.exact_sizes, plan.exact_rounds),
         ("activations", activation_policies, plan.policy_sizes, plan.policy_rounds),
@@ -218,11 +253,31 @@ def bench(
     if "weight_gradients" in subjects:
         makers = weight_gradients.cases(plan.layer_sizes, plan.network_sizes, device)
         rows += _measure("weight_gradients", makers, plan.step_rounds, device, output)
+    if "streaming" in subjects:
+        makers = streaming.cases(plan.stream_sizes, device)
+        rows += _measure("streaming", makers, plan.step_rounds, device, output)
     verdicts = goals.report(rows)
     if verdicts:
         print(f"\n{verdicts}")
     print(f"\nwritten to {output}")
     return rows
+
+
+def _measure_growth(plan: Plan, device: torch.device, output: Path, width: int) -> None:
+    grown = growth.measure_growth(plan.growth, plan.growth_rounds, device, width)
+    print(f"\n{growth.growth_table(grown)}")
+    growth.write(output / "growth.csv", grown)
+    overhead = growth.measure_overhead(plan.step_rounds, device)
+    print(f"\n{growth.overhead_table(overhead)}", flush=True)
+    growth.write(output / "growth_overhead.csv", overhead)
+    _draw(lambda: plots.draw_growth(grown, output / "growth.png"))
+
+
+def _draw(draw: Callable[[], None]) -> None:
+    try:
+        draw()
+    except plots.PlottingUnavailableError as reason:
+        print(f"no plot: {reason}")
 
 
 def _measure(
@@ -243,12 +298,10 @@ def _measure(
     verdicts = goals.report(rows)
     if verdicts:
         (output / f"{subject}_goals.txt").write_text(verdicts + "\n")
-    without_plot = {"exact": None, "activations": None, "weight_gradients": None}
-    draw = {**without_plot, "step": plots.draw_step}.get(subject, plots.draw_bandwidth)
-    if draw is None:
-        return rows
-    try:
-        draw(rows, output / f"{subject}.png")
-    except plots.PlottingUnavailableError as reason:
-        print(f"no plot: {reason}")
+    drawn_by = {
+        **dict.fromkeys(("kernels", "batch_norm", "dropout"), plots.draw_bandwidth),
+        "step": plots.draw_step,
+    }
+    if subject in drawn_by:
+        _draw(lambda: drawn_by[subject](rows, output / f"{subject}.png"))
     return rows

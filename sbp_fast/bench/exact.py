@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .case import Case, Contender
+from .image_sizes import StepSize
 from .memory import Memory, peak_of
 from .models import resnet50
-from .step import PLAIN, StepSize, make_accumulator, plain_step
+from .step import PLAIN, make_accumulator, plain_step
 
 EXACT = "batch_norm='exact'"
 
@@ -30,7 +31,7 @@ def make_case(size: StepSize, device: torch.device, width: int) -> Case:
     accumulator = make_accumulator(copy.deepcopy(model), size.micro_batch, "exact")
     return Case(
         benchmark="exact",
-        name=name_of(size),
+        name=size.name_of("ResNet-50"),
         dtype=torch.float32,
         tensors=len(parameters),
         elements=sum(parameter.numel() for parameter in parameters),
@@ -40,10 +41,6 @@ def make_case(size: StepSize, device: torch.device, width: int) -> Case:
             Contender(PLAIN, plain_step(model, inputs, targets, size.micro_batch)),
         ],
     )
-
-
-def name_of(size: StepSize) -> str:
-    return size.name.replace("ResNet-18", "ResNet-50")
 
 
 def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Memory]:
@@ -60,8 +57,8 @@ def measure_memory(size: StepSize, device: torch.device, width: int) -> list[Mem
 
     exact = peak_of(model, step, device)
     return [
-        Memory(name_of(size), EXACT, exact, exact / plain, waiting),
-        Memory(name_of(size), PLAIN, plain, 1.0, 0),
+        Memory(size.name_of("ResNet-50"), EXACT, exact, exact / plain, waiting),
+        Memory(size.name_of("ResNet-50"), PLAIN, plain, 1.0, 0),
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .growth import Growth
 from .rows import Row
 from .step import OURS
 
@@ -96,6 +97,30 @@ def draw_step(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("time of a step / of the plain loop")
     axes.set_title(rows[0].device, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_growth(rows: Sequence[Growth], path: Path) -> None:
+    """Time per sample, and the peak of device memory, against the large batch.
+
+    Raises:
+        PlottingUnavailableError: there is no matplotlib.
+    """
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    batches = [row.batch for row in rows]
+    for panel, values, label in (
+        (panels[0], [row.ms_per_sample for row in rows], "ms per sample"),
+        (panels[1], [row.device_bytes / 2**20 for row in rows], "peak of device memory, MiB"),
+    ):
+        panel.plot(batches, values, marker="o", lw=1)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.set_ylim(0, 1.2 * max(values))
+        panel.set_xlabel("large batch, samples")
+        panel.set_ylabel(label)
+    figure.suptitle(rows[0].case, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

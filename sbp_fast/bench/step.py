@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,54 +17,44 @@ from torch import Tensor, nn
 
 from ..accumulator import StreamedAccumulator
 from .case import Case, Contender
-from .models import resnet18
 from .timing import Call
+from .workloads import Workload, make_problem
 
 PLAIN = "plain loop"
 OURS = "StreamedAccumulator.step"
 
 
-@dataclass(frozen=True)
-class StepSize:
-    """Samples in the large batch, samples in a micro-batch, and pixels of an image's side."""
-
-    pixels: int
-    batch: int
-    micro_batch: int
-
-    @property
-    def name(self) -> str:
-        return (
-            f"ResNet-18 fp32, {self.pixels} px, batch {self.batch}, micro-batch {self.micro_batch}"
-        )
+def cases(
+    workloads: Sequence[Workload], device: torch.device, width: int
+) -> list[Callable[[], Case]]:
+    """One case per workload, yet to be made. ``width``: see :func:`.workloads.make_problem`."""
+    return [partial(make_case, workload, device, width) for workload in workloads]
 
 
-def cases(sizes: Sequence[StepSize], device: torch.device, width: int) -> list[Callable[[], Case]]:
-    """One case per size, yet to be made. ``width``: channels of the first stage, 64 in ResNet-18."""
-    return [partial(make_case, size, device, width) for size in sizes]
+def make_case(workload: Workload, device: torch.device, width: int) -> Case:
+    model, inputs, targets = make_problem(workload, device, width)
+    streamed = streamed_step(copy.deepcopy(model), inputs, targets, workload.micro_batch)
+    plain = plain_step(model, inputs, targets, workload.micro_batch)
+    return case_of(
+        "step",
+        workload,
+        model,
+        [Contender(OURS, streamed, {PLAIN: "time"}), Contender(PLAIN, plain)],
+    )
 
 
-def make_case(size: StepSize, device: torch.device, width: int) -> Case:
-    torch.manual_seed(0)
-    model = resnet18(width).to(device)
-    inputs = torch.randn(size.batch, 3, size.pixels, size.pixels, device=device)
-    targets = torch.randint(0, 10, (size.batch,), device=device)
+def case_of(
+    benchmark: str, workload: Workload, model: nn.Module, contenders: Sequence[Contender]
+) -> Case:
     parameters = list(model.parameters())
     return Case(
-        benchmark="step",
-        name=size.name,
-        dtype=torch.float32,
+        benchmark=benchmark,
+        name=workload.name,
+        dtype=workload.dtype,
         tensors=len(parameters),
         elements=sum(parameter.numel() for parameter in parameters),
         bytes=0,
-        contenders=[
-            Contender(
-                OURS,
-                streamed_step(copy.deepcopy(model), inputs, targets, size.micro_batch),
-                {PLAIN: "time"},
-            ),
-            Contender(PLAIN, plain_step(model, inputs, targets, size.micro_batch)),
-        ],
+        contenders=contenders,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..batches import PyTree, as_tensor
+from ..data.rows import Rows
 from ..parameters import modules_of
 
 LossFunction = Callable[..., Any] | None
@@ -92,7 +93,7 @@ def placed(tree: PyTree, device: torch.device | None, *, double: bool) -> PyTree
     """
 
     def place(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, (np.ndarray, Rows)):
             leaf = as_tensor(leaf)
         if not isinstance(leaf, Tensor):
             return leaf

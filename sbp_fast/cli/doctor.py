@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import StreamedAccumulator, __version__
 from ..ops import BACKENDS, BackendUnavailableError, availability, resolve
-from ..ops.native import build_note, cpu_instruction_set
+from ..ops.native import LIBRARIES, build_note, cpu_instruction_set, load_prefetch
 
 # float32 arithmetic in another order: a few units in the last place of a short sum.
 _AGREEMENT = 1e-6
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  {name:<10} {text}")
 
     print("\nNative libraries")
-    for name in ("cpu", "cuda"):
+    for name in LIBRARIES:
         print(f"  {name:<10} {_describe_library(name)}")
 
     print("\nBackends (one real step on each, against the reference)")
@@ -93,15 +93,22 @@ def _environment() -> dict[str, str]:
     return facts
 
 
+# What becomes of micro-batches without it.
+_WITHOUT = {
+    "prefetch": "; the training thread gathers micro-batches, on the CPU when their turn comes"
+}
+
+
 def _describe_library(name: str) -> str:
     note = build_note()
+    without = _WITHOUT.get(name, "")
     if name not in note["built"]:
         reason = note["left_out"].get(name, "unknown")
-        return f"not built: {reason}"
+        return f"not built: {reason}{without}"
     built = f"built with {note['built'][name]}"
-    usable, reason = availability(name)
+    usable, reason = load_prefetch() if name == "prefetch" else availability(name)
     if not usable:
-        return f"{built}; not loaded: {reason}"
+        return f"{built}; not loaded: {reason}{without}"
     return f"{built}; uses {cpu_instruction_set()}" if name == "cpu" else f"{built}; loaded"
 
 

@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="NAME", default=absent, help="cuda or cpu; it need not be there"
     )
-    parser.add_argument("--activations", metavar="NAME", default=absent, help="keep")
+    parser.add_argument(
+        "--activations",
+        metavar="NAME",
+        default=absent,
+        help="keep, recompute, offload, or auto for a choice among them",
+    )
     parser.add_argument("--batch-norm", metavar="NAME", default=absent, help="exact or micro_batch")
     parser.add_argument("--dropout", metavar="NAME", default=absent, help="per_sample or native")
     parser.add_argument(

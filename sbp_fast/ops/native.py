@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
+import sysconfig
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,8 @@ import torch
 from . import schemas  # noqa: F401  (the ops must exist before a library adds its kernels)
 
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
+
+LIBRARIES = ("cpu", "cuda", "prefetch")
 
 # As csrc/cpu/dispatch.cpp knows them.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -32,7 +37,7 @@ def build_note() -> dict[str, Any]:
     path = FOLDER / "build.json"
     if not path.exists():
         reason = "the package runs from a source tree that was never built; run `pip install .`"
-        return {"choice": "never built", "built": {}, "left_out": {"cpu": reason, "cuda": reason}}
+        return {"choice": "never built", "built": {}, "left_out": dict.fromkeys(LIBRARIES, reason)}
     note: dict[str, Any] = json.loads(path.read_text())
     return note
 
@@ -76,6 +81,47 @@ def load_cuda() -> Availability:
     return loaded
 
 
+@cache
+def load_prefetch() -> Availability:
+    """Whether micro-batches can be prepared by a thread without the GIL."""
+    problem = _not_built("prefetch")
+    if problem is not None:
+        return problem
+    try:
+        prefetch_module()
+    except ImportError as error:
+        return Availability(
+            False, f"the prefetch module does not load: {error}; install the package again"
+        )
+    return Availability(True, "")
+
+
+@cache
+def prefetch_module() -> ModuleType:
+    """The module of csrc/prefetch.
+
+    Raises:
+        ImportError: there is none for this Python.
+    """
+    path = FOLDER / f"prefetch{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        raise ImportError(f"{path} is missing, as it was built by another Python")
+    spec = importlib.util.spec_from_file_location("sbp_fast._native.prefetch", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda_engine() -> int:
+    """The address of the CUDA library's function that makes the prefetcher's engine."""
+    function = ctypes.CDLL(str(FOLDER / "libsbp_fast_cuda.so")).sbp_fast_copy_engine
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
 def cpu_instruction_set() -> str:
     """``"avx512"``, ``"avx2"`` or ``"baseline"``: what the CPU library chose at run time."""
     library = ctypes.CDLL(str(FOLDER / "libsbp_fast_cpu.so"))
@@ -93,12 +139,20 @@ def _cuda_problem() -> str | None:
     return None if text is None else text.decode()
 
 
-def _load(name: str) -> Availability:
+def _not_built(name: str) -> Availability | None:
     note = build_note()
     # The note decides, not the file: what the last build did not make is older than the package.
-    if name not in note["built"]:
-        reason = note["left_out"].get(name, "unknown")
-        return Availability(False, f"the {name} library was not built: {reason}")
+    if name in note["built"]:
+        return None
+    reason = note["left_out"].get(name, "unknown")
+    kind = "module" if name == "prefetch" else "library"
+    return Availability(False, f"the {name} {kind} was not built: {reason}")
+
+
+def _load(name: str) -> Availability:
+    problem = _not_built(name)
+    if problem is not None:
+        return problem
     path = FOLDER / f"libsbp_fast_{name}.so"
     if not path.exists():
         return Availability(False, f"{path} is missing; install the package again")

@@ -7,16 +7,17 @@ that are in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
 from ..batches import MicroBatch, cut
 from ..buffers import Buffers
 from ..loss import Weight
-from ..memory.micro_batch_size import MicroBatchSize
 from ..memory.out_of_memory import NothingSmallerError, is_out_of_memory, release
+from ..splitting import Splitting
 from ..streaming import Arrival
 from .computation import Computation, is_nothing
 from .reentrant import arrives_in_parts
@@ -25,20 +26,22 @@ from .reentrant import arrives_in_parts
 def compute_one_by_one(
     arrivals: Iterable[Arrival],
     computation: Computation,
-    size: MicroBatchSize,
-    buffers: Buffers,
+    splitting: Splitting,
+    at_beginning: Buffers,
+    later: Buffers,
 ) -> None:
     """Runs every micro-batch with its share of the large batch.
 
     Args:
-        size: how many samples memory allows at once; learns where it allows fewer.
-        buffers: where those of the modules are copied before each attempt.
+        splitting: what memory allows at once; learns where it allows less.
+        at_beginning: a copy of the modules' buffers as they are now.
+        later: where they are copied before each further attempt.
 
     Raises:
         NothingSmallerError: memory runs out, and a smaller micro-batch would not help.
     """
     for arrival in arrivals:
-        _compute_in_pieces(arrival, computation, size, buffers)
+        _compute_in_pieces(arrival, computation, splitting, at_beginning, later)
         # Its memory is wanted for the next one, which is sent before the loop comes round.
         del arrival
 
@@ -54,17 +57,24 @@ class _Piece:
 
 
 def _compute_in_pieces(
-    arrival: Arrival, computation: Computation, size: MicroBatchSize, buffers: Buffers
+    arrival: Arrival,
+    computation: Computation,
+    splitting: Splitting,
+    at_beginning: Buffers,
+    later: Buffers,
 ) -> None:
     large_batch = computation.large_batch
     first_sample, share = computation.take_share(arrival.micro_batch)
     whole = _Piece(arrival.micro_batch, first_sample, share)
-    pieces = _in_pieces_of(size.current, whole, computation)
+    pieces = _divided(whole, splitting.pieces_of(whole.micro_batch), computation)
     while pieces:
         piece = pieces.pop(0)
         large_batch.accumulators.observe(arrival.is_last and not pieces)
         if not is_nothing(piece.share):
-            buffers.copy()
+            buffers = at_beginning
+            if large_batch.micro_batches > 0:
+                buffers = later
+                buffers.copy()
             loss = large_batch.loss
             failure = _attempt(piece, computation)
             if failure is not None:
@@ -73,21 +83,20 @@ def _compute_in_pieces(
                 large_batch.loss = loss
                 buffers.put_back()
                 # 2. The same samples again, half as many at once.
-                size.shrink(piece.micro_batch.samples, failure)
+                splitting.shrink([piece.micro_batch], failure)
                 rest = replace(piece, left_out=piece.left_out | large_batch.accumulators.arrived)
-                half = (piece.micro_batch.samples + 1) // 2
-                pieces[:0] = _in_pieces_of(half, rest, computation)
+                halves = cut(piece.micro_batch, (piece.micro_batch.samples + 1) // 2)
+                pieces[:0] = _divided(rest, halves, computation)
                 continue
         large_batch.count(piece.micro_batch.samples)
 
 
-def _in_pieces_of(samples: int, piece: _Piece, computation: Computation) -> list[_Piece]:
-    """The same in pieces of at most as many samples."""
-    parts = cut(piece.micro_batch, samples)
+def _divided(piece: _Piece, parts: Sequence[MicroBatch], computation: Computation) -> list[_Piece]:
+    """The same in several parts, each with its share."""
     if len(parts) == 1:
         return [piece]
     shares = computation.large_batch.shares.divide(piece.share, parts)
-    firsts = range(piece.first_sample, piece.first_sample + piece.micro_batch.samples, samples)
+    firsts = accumulate((part.samples for part in parts[:-1]), initial=piece.first_sample)
     return [
         _Piece(part, first, share, piece.left_out)
         for part, first, share in zip(parts, firsts, shares, strict=True)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..batches import MicroBatch, cut
-from ..memory.micro_batch_size import MicroBatchSize
+from ..batches import MicroBatch
 from ..memory.out_of_memory import NothingSmallerError, is_out_of_memory, release
+from ..splitting import Splitting
 from ..streaming import Arrival
 from .computation import Computation
 
@@ -22,7 +22,7 @@ def compute_until_it_fits(
     begin: Callable[[], Computation],
     compute: Compute,
     start_over: Callable[[], None],
-    size: MicroBatchSize,
+    splitting: Splitting,
 ) -> Computation:
     """Computes the large batch, each time with half the micro-batches' size, until memory suffices.
 
@@ -30,7 +30,7 @@ def compute_until_it_fits(
         arrivals: of the large batch. All of its micro-batches stay on the device anyway.
         begin: makes an attempt's computation.
         start_over: puts back what an attempt has changed.
-        size: how many samples memory allows at once; learns where it allows fewer.
+        splitting: what memory allows at once; learns where it allows less.
 
     Returns:
         The computation that went well.
@@ -42,12 +42,12 @@ def compute_until_it_fits(
     while True:
         computation = begin()
         try:
-            compute(arrived.in_pieces_of(size.current), computation)
+            compute(arrived.in_pieces_by(splitting), computation)
             return computation
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if arrived.largest <= 1:
+            if arrived.are_single_samples():
                 raise NothingSmallerError(
                     f"out of memory with a single sample at once: {error}"
                 ) from error
@@ -57,7 +57,7 @@ def compute_until_it_fits(
                     f"so that they cannot be computed again; let them copy what they change: {error}"
                 ) from error
             failure = error
-        size.shrink(arrived.largest, failure)
+        splitting.shrink(arrived.pieces(), failure)
         device = computation.device
         del computation
         release(failure, device)
@@ -65,24 +65,17 @@ def compute_until_it_fits(
 
 
 class _Arrived:
-    """Micro-batches as they come from the stream; those that have come, in pieces of another size.
-
-    Attributes:
-        largest: samples in the largest piece so far.
-    """
+    """Micro-batches as they come from the stream; those that have come, in pieces of another size."""
 
     def __init__(self, arrivals: Iterable[Arrival]) -> None:
         self._coming = iter(arrivals)
         self._kept: list[MicroBatch] = []
         self._handed_out: list[tuple[MicroBatch, list[int]]] = []
-        self.largest = 0
 
-    def in_pieces_of(self, size: int) -> Iterator[MicroBatch]:
-        self.largest = 0
+    def in_pieces_by(self, splitting: Splitting) -> Iterator[MicroBatch]:
         self._handed_out = []
         for micro_batch in self._all():
-            for piece in map(_written_to_apart, cut(micro_batch, size)):
-                self.largest = max(self.largest, piece.samples)
+            for piece in map(_written_to_apart, splitting.pieces_of(micro_batch)):
                 self._handed_out.append((piece, piece.versions()))
                 yield piece
 
@@ -102,6 +95,12 @@ class _Arrived:
                 raise
             self._kept.append(arrival.micro_batch)
             yield arrival.micro_batch
+
+    def pieces(self) -> list[MicroBatch]:
+        return [piece for piece, _ in self._handed_out]
+
+    def are_single_samples(self) -> bool:
+        return all(piece.samples == 1 for piece in self.pieces())
 
     def were_written_to(self) -> bool:
         return any(piece.versions() != versions for piece, versions in self._handed_out)

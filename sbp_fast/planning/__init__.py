@@ -3,7 +3,7 @@
 from .choice import best_micro_batch_size
 from .peak import Peak
 from .peak_model import PeakModel
-from .plan import BudgetError, Plan, PlanRow, plan, predict_peak
+from .plan import BudgetError, Plan, PlanRow, plan, predict_peak, predict_peaks
 
 __all__ = [
     "BudgetError",
@@ -14,4 +14,5 @@ __all__ = [
     "best_micro_batch_size",
     "plan",
     "predict_peak",
+    "predict_peaks",
 ]

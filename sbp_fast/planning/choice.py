@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import math
 
+# Samples from which on a micro-batch's fixed costs are no more than a forward pass: a third of the time
+# of its samples, whose backward pass takes twice as long. It is assumed where nothing was timed.
+ENOUGH_SAMPLES = 8
+_FORWARD = 1 / 3
+
 
 def best_micro_batch_size(
     batch_size: int, largest: int, alpha: float | None = None, beta: float | None = None
@@ -46,6 +51,23 @@ def best_micro_batch_size(
         if count >= fewest and count * (alpha + beta * size) < shortest:
             best, shortest = size, count * (alpha + beta * size)
     return best
+
+
+def relative_step_time(batch_size: int, size: int, more: float) -> float:
+    """``ceil(B / mu) * (alpha + beta * mu) * (1 + more)`` in units of ``beta``, with ``alpha`` such that
+    :data:`ENOUGH_SAMPLES` are enough.
+
+    Args:
+        batch_size, size: ``B`` and ``mu``.
+        more: what a policy adds to a micro-batch's time, as a part of it. Computing blocks again adds
+            their share of a forward pass (:func:`time_of_recomputation`).
+    """
+    return _ceil(batch_size, size) * (ENOUGH_SAMPLES * _FORWARD + size) * (1.0 + more)
+
+
+def time_of_recomputation(share: float) -> float:
+    """What a part of the forward pass, done again, adds to a step: as a part of its time."""
+    return share * _FORWARD
 
 
 def even_sizes(batch_size: int) -> list[int]:

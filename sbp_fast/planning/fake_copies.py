@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..batches import PyTree, has_samples
+from ..data.rows import Rows
 
 LossFunction = Callable[..., Any] | None
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -64,7 +65,9 @@ def fake_batch(tree: PyTree, samples: int) -> PyTree:
     def enlarged(leaf: Any) -> Any:
         if not has_samples(leaf):
             return _Copier().copied(leaf) if isinstance(leaf, Tensor) else leaf
-        if not isinstance(leaf, Tensor):
+        if isinstance(leaf, Rows):
+            leaf = torch.empty(leaf.shape, dtype=leaf.dtype)
+        elif not isinstance(leaf, Tensor):
             leaf = torch.empty(leaf.shape, dtype=torch.from_numpy(leaf[:0].copy()).dtype)
         shape = (samples, *leaf.shape[1:])
         return torch.empty(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,36 +18,21 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from ..accumulator import StreamedAccumulator
-from ..batches import MicroBatch, PyTree, copied, has_samples
+from ..activations import Automatic, Policy
+from ..activations.blocks import find_blocks
+from ..batches import MicroBatch
 from ..certificate.copies import left_alone
-from ..gradients import Accumulators
-from ..gradients.accumulators import accumulator_dtype, usual_bucket_bytes
 from ..invariance.intercept import answering, native
-from ..invariance.layout import NO_SAMPLES, Layout, Layouts, Site
-from ..large_batch import LargeBatch
 from ..memory.fake_bytes import CUDA_GRANULE, FakeLiveBytes
-from ..memory.micro_batch_size import MicroBatchSize
-from ..parameters import Parameters, modules_of
+from ..parameters import modules_of
 from ..rehearsal import Rehearsal
 from ..result import StepResult
-from ..streaming import Arrival
+from .block_costs import BlockCost, Weighing
+from .fake_accumulator import BACKWARD, FORWARD, JOINT, UPDATE, OnFakes
 from .fake_copies import LossFunction, MakeOptimizer, fake_batch, fake_copies
 from .peak import Reading
 
 _HOST = torch.device("cpu")
-# Of an H100. The cards that are planned for without being there differ; the share of a step is small.
-_L2_BYTES = 50 << 20
-FORWARD, BACKWARD, UPDATE, JOINT = "forward", "backward", "update", "joint"
-# How the accumulator may be told to treat activations, and how to run it on fake tensors.
-POLICIES = ("keep", "recompute", "offload")
-
-
-def check_policy(policy: str) -> None:
-    if policy not in POLICIES:
-        raise ValueError(
-            f"activations is {policy!r}; what can be planned is " + ", ".join(map(repr, POLICIES))
-        )
 
 
 class FakeSteps:
@@ -60,11 +44,11 @@ class FakeSteps:
         sample: one or more samples with their targets, of which only shapes and dtypes count.
         batch_size: samples of the large batch, which a loss that compares them sees together.
         device: what is planned for, ``cpu`` or ``cuda``; it need not be there.
-        policy: what becomes of activations, one of :data:`POLICIES`.
         options: of the accumulator.
 
     Attributes:
         waits_for_all: whether something of each micro-batch stays until all have come.
+        meets: whether all micro-batches run forward before the first runs back.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what the accumulator would raise, or a model that
@@ -79,11 +63,10 @@ class FakeSteps:
         sample: MicroBatch,
         batch_size: int,
         device: torch.device,
-        policy: str,
         options: Mapping[str, Any],
     ) -> None:
-        check_policy(policy)
         self._sample = sample
+        self._device = device
         self._originals = [
             parameter for module in modules_of(model, loss_fn) for parameter in module.parameters()
         ]
@@ -99,15 +82,24 @@ class FakeSteps:
         with self._pretending():
             copies = fake_copies(model, loss_fn, optimizer)
             self._model, self._loss_fn, self._optimizer = copies
+            self._copy_of = dict(zip(model.modules(), self._model.modules(), strict=True))
+            # Of the model itself: its copy is not compiled.
+            self._blocks = find_blocks(model)
+            self._copied_blocks = self._blocks.in_copy(self._copy_of)
+            self._activations = Automatic(
+                modules_of(self._model, self._loss_fn),
+                options.pop("host_budget", None),
+                self._copied_blocks,
+            )
             if on_cuda:
                 _update_as_on_cuda(self._optimizer)
-            self._accumulator = _OnFakes(
+            self._accumulator = OnFakes(
                 *(self._model, self._optimizer, self._loss_fn),
                 counter=self._counter,
                 batch_size=batch_size,
                 on_cuda=on_cuda,
                 device=device,
-                activations=policy,
+                activations=self._activations,
                 **options,
             )
             self._counter.track(self._accumulator.parameters_and_buffers())
@@ -117,12 +109,56 @@ class FakeSteps:
     def waits_for_all(self) -> bool:
         return self._accumulator.waits_for_all
 
-    def read(self, micro_batch_size: int, samples: int) -> Reading:
+    @property
+    def meets(self) -> bool:
+        return self._accumulator.meets
+
+    @property
+    def blocks(self) -> int:
+        """How many the model has."""
+        return len(self._blocks.keys)
+
+    def block_costs(self) -> dict[nn.Module, BlockCost]:
+        """Of the blocks in which micro-batches do not meet, by key, in the order of computation."""
+        weighing = Weighing(
+            self._copied_blocks,
+            self._counter,
+            lambda: self._counter.phase == FORWARD,
+            self._device.type,
+        )
+        with self._accumulator.treating(weighing):
+            self._step(2, 2)
+        original_of = {copied: original for original, copied in self._copy_of.items()}
+        return {original_of[key]: cost for key, cost in weighing.costs(samples=2).items()}
+
+    def writes(self) -> dict[nn.Module, bool]:
+        """By key, whether a block changes its inputs in place, of those that have been computed again."""
+        return {
+            key: self._activations.writes[copied]
+            for key, copied in self._copy_of.items()
+            if copied in self._activations.writes
+        }
+
+    def _follow(self, policy: Policy) -> None:
+        """Blocks that are computed again have been before, as others will find them."""
+        recomputed = policy.recomputed
+        if policy.name == "recompute" and not self._activations.writes:
+            self._activations.policy = Policy("recompute")
+            self._step(2, 2)
+        if recomputed is not None:
+            recomputed = frozenset(self._copy_of[key] for key in recomputed)
+        self._activations.policy = replace(policy, recomputed=recomputed)
+
+    def read(self, policy: Policy, micro_batch_size: int, samples: int) -> Reading:
         """What one step on a large batch of so many samples needs, once there have been others.
+
+        Args:
+            policy: what becomes of activations.
 
         Raises:
             ValueError: the model's computation depends on values, which fake tensors have not.
         """
+        self._follow(policy)
         before, state = self._counter.live_bytes, self._state_bytes()
         result = self._step(micro_batch_size, samples)
         gradients = self._accumulator.gradient_bytes
@@ -177,141 +213,6 @@ class FakeSteps:
         return self._counter.bytes_in(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-class _OnFakes(StreamedAccumulator):
-    """An accumulator whose tensors are fake, on a CPU that may stand for a CUDA device."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss_fn: LossFunction,
-        *,
-        counter: FakeLiveBytes,
-        batch_size: int,
-        on_cuda: bool,
-        device: torch.device,
-        **options: Any,
-    ) -> None:
-        # The weight of a loss, and so its normalization, is no matter of memory.
-        if not options.get("cross_sample_loss"):
-            options["normalization"] = _one
-        super().__init__(model, optimizer, loss_fn, micro_batch_size=1, probe=False, **options)
-        self._counter = counter
-        self._batch_size = batch_size
-        self._samples = 0
-        self._on_cuda = on_cuda
-        self.gradient_bytes = 0
-        self._bucket_bytes = _cuda_bucket_bytes(device) if on_cuda else None
-        if self._layouts is not None:
-            self._layouts = _Anywhere()
-
-    def _prepare_for(self, parameters: Parameters) -> None:
-        super()._prepare_for(parameters)
-        if self._cross_sample_loss:
-            joint = partial(self._joint_loss, self._forward.loss_fn)
-            self._forward = replace(self._forward, loss_fn=joint)
-
-    @property
-    def meets(self) -> bool:
-        """Whether all micro-batches run forward before the first runs back."""
-        return self._must_meet()
-
-    @property
-    def waits_for_all(self) -> bool:
-        return self._must_meet() or self._cross_sample_loss
-
-    def note_batch_norm(self, is_called: bool) -> None:
-        """What a look at real samples would have found."""
-        self._survey.calls_batch_norm = is_called
-
-    def parameters_and_buffers(self) -> list[Tensor]:
-        buffers = (buffer for module in self._modules for buffer in module.buffers())
-        return [*self._parameters.all, *buffers]
-
-    def step_in(
-        self, micro_batch_size: int, samples: int, inputs: PyTree, targets: PyTree
-    ) -> StepResult:
-        self._samples = samples
-        self._size = MicroBatchSize(micro_batch_size)
-        self._counter.phase = FORWARD
-        return self.step(inputs, targets)
-
-    def _new_accumulators(self) -> Accumulators:
-        return _Announcing(
-            self._counter, self._hooks, backend=self._backend, bucket_bytes=self._bucket_bytes
-        )
-
-    def _joint_loss(self, loss_fn: LossFunction, outputs: PyTree, targets: PyTree) -> Tensor:
-        """Of as many samples as the large batch has, however few are computed: what compares all with all
-        grows with the square of their number."""
-        assert loss_fn is not None
-        self._counter.phase = JOINT
-        outputs, targets = (
-            pytree.tree_map(self._as_of_the_large_batch, tree) for tree in (outputs, targets)
-        )
-        loss: Tensor = loss_fn(outputs, targets)
-        return loss
-
-    def _as_of_the_large_batch(self, leaf: Any) -> Any:
-        if self._samples == self._batch_size or not has_samples(leaf):
-            return leaf
-        rows, rest = divmod(leaf.shape[0] * self._batch_size, self._samples)
-        return leaf if rest else leaf[:1].expand(rows, *leaf.shape[1:]).clone()
-
-    def _arrivals(self, micro_batches: Iterable[MicroBatch], keep: bool) -> Iterator[Arrival]:
-        if not self._on_cuda:
-            return super()._arrivals(micro_batches, keep)
-        return _sent_ahead(micro_batches)
-
-    def _finalise(self, large_batch: LargeBatch) -> None:
-        self._counter.phase = UPDATE
-        super()._finalise(large_batch)
-        # In their own precision, which that of p.grad need not be.
-        self.gradient_bytes = sum(
-            parameter.numel() * accumulator_dtype(parameter.dtype).itemsize
-            for parameter in self._parameters.trainable
-            if parameter.grad is not None
-        )
-        # Asked next: whether all is finite.
-        self._counter.yes = True
-
-    def _update(self) -> None:
-        self._counter.yes = False
-        super()._update()
-
-
-class _Announcing(Accumulators):
-    """Says when a backward pass runs."""
-
-    def __init__(self, counter: FakeLiveBytes, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._counter = counter
-
-    @contextmanager
-    def collecting(self, scale: float, left_out: frozenset[int] = frozenset()) -> Iterator[None]:
-        if self._counter.phase != JOINT:
-            self._counter.phase = BACKWARD
-        with super().collecting(scale, left_out):
-            yield
-        self._counter.phase = FORWARD
-
-
-def _sent_ahead(micro_batches: Iterable[MicroBatch]) -> Iterator[Arrival]:
-    """As to a CUDA device: each is copied, and the next one before it is needed."""
-    remaining = iter(micro_batches)
-    following = _sent(next(remaining, None))
-    while following is not None:
-        arrived = following
-        following = _sent(next(remaining, None))
-        yield Arrival(arrived, is_last=following is None)
-
-
-def _sent(micro_batch: MicroBatch | None) -> MicroBatch | None:
-    if micro_batch is None:
-        return None
-    return MicroBatch(copied(micro_batch.inputs), copied(micro_batch.targets), micro_batch.samples)
-
-
 class _BatchNormListener:
     """Hears calls that nobody else answers: of models that call the function by themselves."""
 
@@ -341,21 +242,6 @@ class _BatchNormListener:
         return native("batch_norm")(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-
-
-class _Anywhere(Layouts):
-    """Which sample a mask belongs to is no matter of memory."""
-
-    def of(self, site: Site, module: nn.Module | None, tensor: Tensor, samples: int) -> Layout:
-        return NO_SAMPLES
-
-
-def _one(_: Any) -> float:
-    return 1.0
-
-
-def _cuda_bucket_bytes(device: torch.device) -> int:
-    return usual_bucket_bytes(device) if torch.cuda.is_available() else _L2_BYTES // 2
 
 
 def _update_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:

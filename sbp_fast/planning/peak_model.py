@@ -24,14 +24,20 @@ class PeakModel:
         batch_size: samples in the large batch.
         read: ``read(micro_batch_size, samples)``: what a step on so many samples needs.
         waits_for_all: whether something of each micro-batch stays until all have come.
+        first_sizes: micro-batch sizes through which lines are drawn at first.
     """
 
     def __init__(
-        self, batch_size: int, read: Callable[[int, int], Reading], waits_for_all: bool
+        self,
+        batch_size: int,
+        read: Callable[[int, int], Reading],
+        waits_for_all: bool,
+        first_sizes: tuple[int, int] = _FIRST_SIZES,
     ) -> None:
         self.batch_size = batch_size
         self._read = read
         self._waits_for_all = waits_for_all
+        self._first_sizes = first_sizes
         self._steady = _STEADY_TOGETHER if waits_for_all else _STEADY
         # By number of micro-batches, then by their size.
         self._readings: dict[int, dict[int, Reading]] = {}
@@ -123,8 +129,8 @@ class PeakModel:
         readings = self._readings.setdefault(count, {})
         if size in readings:
             return readings[size]
-        for first in _FIRST_SIZES:
-            if len(readings) < len(_FIRST_SIZES):
+        for first in self._first_sizes:
+            if len(readings) < len(self._first_sizes):
                 self._read_once(first, count)
         sizes = sorted(readings)
         above = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from .. import options
+from ..activations import Policy
 from ..batches import PyTree, split
 from ..memory import format_bytes, parse_bytes
 from ..report.table import format_table
-from .choice import best_micro_batch_size
 from .fake_copies import LossFunction, MakeOptimizer
-from .fake_step import FakeSteps, check_policy
+from .fake_step import FakeSteps
 from .peak import Peak
 from .peak_model import PeakModel
+from .policies import PolicyPeaks
 
 _DEVICES = ("cpu", "cuda")
 _CHOSEN = "<-"
@@ -46,7 +47,8 @@ class PlanRow:
     Attributes:
         micro_batch_size: samples computed at once.
         micro_batches: in the large batch.
-        policy: what becomes of activations: ``"keep"``.
+        policy: what becomes of activations: ``"keep"``, ``"recompute"``, ``"recompute 3 of 16 blocks"``,
+            ``"offload"``.
         peak: device memory in its parts, and host memory; bytes.
         fits: whether the peak is within the budget.
     """
@@ -63,7 +65,7 @@ class Plan:
     """Which micro-batch size to take, and what each would need.
 
     Attributes:
-        rows: by micro-batch size; the chosen one is among them.
+        rows: by policy, then by micro-batch size; the chosen one is among them.
         micro_batch_size, policy: the choice: the shortest predicted step within the budget.
         batch_size: samples of the large batch.
         budget: bytes of device memory.
@@ -142,7 +144,10 @@ def plan(
 
     Of the sizes within the budget, the one with the shortest step is chosen, ``T(mu) = ceil(B / mu) *
     (alpha + beta * mu)`` (Ravi Kumar and Sivakumar 2025, section 3). While nothing has been timed that is
-    the one with the fewest micro-batches, and the smallest for that number.
+    the one with the fewest micro-batches, and the smallest for that number. ``activations="auto"`` also
+    chooses what becomes of activations: they are kept where that leaves micro-batches of at least 8
+    samples; else computing blocks again counts as their share of a third of the step, offloading as much
+    as the step, and what a micro-batch costs whatever its size as a third of the time of 8 samples.
 
     What is not seen: scratch memory inside of one operation (workspaces of cuDNN and cuBLAS), and on CUDA
     what the allocator reserves beyond its tensors, and activations of exact batch norm that stay on the
@@ -166,36 +171,39 @@ def plan(
     """
     budget_bytes = parse_bytes(budget)
     device = torch.device(device)
-    peaks = predict_peak(
+    peaks = predict_peaks(
         model,
         loss_fn,
         sample,
         batch_size=batch_size,
         device=device,
         optimizer=optimizer,
-        policy=activations,
+        activations=activations,
         batch_norm=batch_norm,
         dropout=dropout,
         cross_sample_loss=cross_sample_loss,
         autocast=autocast,
         backend=backend,
     )
-    largest = peaks.largest_within(budget_bytes)
-    if largest is None:
+    choice = peaks.best(budget_bytes)
+    if choice is None:
         raise no_micro_batch_fits(budget_bytes, peaks)
-    chosen = best_micro_batch_size(batch_size, largest)
-    sizes = sorted({*_powers_of_two(batch_size), chosen, batch_size})
+    sizes = sorted({*_powers_of_two(batch_size), choice.micro_batch_size, batch_size})
     return Plan(
-        rows=tuple(_row(size, activations, peaks, budget_bytes) for size in sizes),
-        micro_batch_size=chosen,
-        policy=activations,
+        rows=tuple(
+            _row(size, str(policy), peaks.under(policy), budget_bytes)
+            for policy in dict.fromkeys([*peaks.policies, choice.policy])
+            for size in sizes
+        ),
+        micro_batch_size=choice.micro_batch_size,
+        policy=str(choice.policy),
         batch_size=batch_size,
         budget=budget_bytes,
         device=str(device),
     )
 
 
-def predict_peak(
+def predict_peaks(
     model: nn.Module,
     loss_fn: LossFunction,
     sample: Any,
@@ -203,14 +211,13 @@ def predict_peak(
     batch_size: int,
     device: torch.device,
     optimizer: torch.optim.Optimizer | MakeOptimizer,
-    policy: str,
+    activations: str,
     **accumulator_options: Any,
-) -> PeakModel:
+) -> PolicyPeaks:
     """The peak as a function of the micro-batch size, for whoever chooses it: nothing is measured yet.
 
     Args:
-        model, loss_fn, sample, batch_size, device, optimizer: as in :func:`plan`.
-        policy: what becomes of activations.
+        model, loss_fn, sample, batch_size, device, optimizer, activations: as in :func:`plan`.
         accumulator_options: of :class:`sbp_fast.StreamedAccumulator`.
 
     Raises:
@@ -218,7 +225,7 @@ def predict_peak(
     """
     options.check_model(model)
     options.check_loss_fn(loss_fn)
-    check_policy(policy)
+    options.check_choice("activations", activations)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size is {batch_size!r}; it must be an int, a number of samples")
     if batch_size < 1:
@@ -234,10 +241,13 @@ def predict_peak(
         )
     inputs, targets = _in_two(sample, with_targets=loss_fn is not None)
     pieces = split(inputs, targets, sys.maxsize, with_targets=loss_fn is not None)
-    steps = FakeSteps(
-        model, loss_fn, optimizer, pieces[0], batch_size, device, policy, accumulator_options
-    )
-    return PeakModel(batch_size, steps.read, steps.waits_for_all)
+    steps = FakeSteps(model, loss_fn, optimizer, pieces[0], batch_size, device, accumulator_options)
+    return PolicyPeaks(steps, batch_size, activations)
+
+
+def predict_peak(*arguments: Any, policy: str, **options: Any) -> PeakModel:
+    """:func:`predict_peaks` under one policy: ``"keep"``, ``"recompute"`` or ``"offload"``."""
+    return predict_peaks(*arguments, activations=policy, **options).under(Policy(policy))
 
 
 def _in_two(sample: Any, *, with_targets: bool) -> tuple[PyTree, PyTree]:
@@ -264,18 +274,18 @@ def _row(size: int, policy: str, peaks: PeakModel, budget: int) -> PlanRow:
     return PlanRow(size, peaks.count(size), policy, peak, peak.device_bytes <= budget)
 
 
-def no_micro_batch_fits(budget: int, peaks: PeakModel) -> BudgetError:
+def no_micro_batch_fits(budget: int, peaks: PolicyPeaks) -> BudgetError:
     """The error that says which budget would do."""
-    size, peak = peaks.smallest_peak()
-    needed = peak.device_bytes
-    fixed = format_bytes(peak.parameters + peak.optimizer)
+    least = peaks.least()
+    needed = least.peak.device_bytes
+    fixed = format_bytes(least.peak.parameters + least.peak.optimizer)
     return BudgetError(
         f"no micro-batch of a batch of {peaks.batch_size} fits into {format_bytes(budget)}: the least "
-        f"that would do is {needed} bytes ({format_bytes(needed)}), with micro_batch_size={size}, of "
+        f"that would do is {needed} bytes ({format_bytes(needed)}), with {least}, of "
         f"which parameters and optimizer state take {fixed}; use a larger budget, an optimizer with less "
         "state, or a smaller model",
         needed,
-        size,
+        least.micro_batch_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""A plan's figure: peak memory in its parts against the micro-batch size, and the budget."""
+"""A plan's figure: peak memory against the micro-batch size for each policy, and the budget."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..planning import Plan
 
+OTHER_COLOR = "#6a4c93"
 # From the bottom: what is there for every size first.
 PARTS = (
     ("parameters", "#8c9aa5"),
@@ -21,6 +22,8 @@ PARTS = (
     ("activations", SBP_COLOR),
     ("transient", PLAIN_COLOR),
 )
+# Of the policies that are not the chosen one.
+LINES = ("-", ":", "-.")
 MOST_BUDGETS = 3
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -32,7 +35,7 @@ def save_plan_figure(path: Path, plan: Plan) -> None:
     chosen = plan.chosen
     figure.suptitle(
         f"Batch {plan.batch_size} on {plan.device}: {chosen.micro_batches} micro-batches of "
-        f"{chosen.micro_batch_size}",
+        f"{chosen.micro_batch_size}, activations: {chosen.policy}",
         x=0.01,
         ha="left",
         fontsize=11,
@@ -44,7 +47,8 @@ def save_plan_figure(path: Path, plan: Plan) -> None:
 
 
 def draw_peaks(axes: Axes, plan: Plan) -> None:
-    """Stacked areas over micro-batch sizes (log), with lines for the budget and the choice."""
+    """Over micro-batch sizes (log): the chosen policy's peak in its parts, those of the other policies as
+    lines, the budget and the choice."""
     rows = [row for row in plan.rows if row.policy == plan.policy]
     sizes = [row.micro_batch_size for row in rows]
     highest = max(plan.budget, *(row.peak.device_bytes for row in rows))
@@ -56,6 +60,10 @@ def draw_peaks(axes: Axes, plan: Plan) -> None:
         colors=[color for _, color in PARTS],
         linewidth=0,
     )
+    others = dict.fromkeys(row.policy for row in plan.rows if row.policy != plan.policy)
+    for policy, line in zip(others, LINES, strict=False):
+        peaks = [row.peak.device_bytes / scale for row in plan.rows if row.policy == policy]
+        axes.plot(sizes, peaks, color=OTHER_COLOR, linestyle=line, linewidth=1.6, label=policy)
     axes.axhline(
         plan.budget / scale, color=BUDGET_COLOR, linestyle="--", linewidth=1.2, label="budget"
     )

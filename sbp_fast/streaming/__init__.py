@@ -1,6 +1,6 @@
 """Micro-batches on their way from the host to the device."""
 
-from .pinned_ring import PinnedRing
-from .stream import Arrival, moved, stream_to
+from .prefetcher import Prefetcher, make_ring
+from .stream import Arrival, Ring, moved, stream_to
 
-__all__ = ["Arrival", "PinnedRing", "moved", "stream_to"]
+__all__ = ["Arrival", "Prefetcher", "Ring", "make_ring", "moved", "stream_to"]

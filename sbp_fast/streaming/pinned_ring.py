@@ -1,5 +1,7 @@
 """Copies from the host to a CUDA device on a side stream, through a ring of pinned slots.
 
+For installations without the native prefetcher: the caller's thread fills the slots.
+
 Three orders are kept by events, and nothing waits for more than it must:
 
 1. The side stream waits for what the main stream had in flight when a micro-batch's device memory was
@@ -13,9 +15,14 @@ Device memory is allocated on the main stream, so the caching allocator needs no
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ..batches import as_tensor
+from ..data.rows import Rows
 
 _SLOTS = 2
 
@@ -40,16 +47,25 @@ class PinnedRing:
         self._next = 0
         self._borrows = False
 
-    def open(self) -> int:
-        """Begins a micro-batch; returns the ticket to wait for."""
+    def takes(self, leaf: Any) -> bool:
+        """Whether a leaf must be sent."""
+        if isinstance(leaf, Rows):
+            leaf = leaf.source
+        return isinstance(leaf, np.ndarray) or (
+            isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+        )
+
+    def open(self, *, kept: bool) -> None:
+        """Begins a micro-batch. Its memory on the device is its own, whether it is kept or not."""
+        del kept
         slot = self._slots[self._next % _SLOTS]
         slot.copied.synchronize()
         slot.used = 0
         self._next += 1
-        return self._next - 1
 
-    def send(self, rows: Tensor) -> Tensor:
-        """Enqueues the copy of one host tensor; the result must not be used before :meth:`wait_for`."""
+    def send(self, leaf: Tensor | np.ndarray[Any, Any] | Rows) -> Tensor:
+        """Enqueues the copy of one leaf; the result must not be used before :meth:`wait_for`."""
+        rows = leaf if isinstance(leaf, Tensor) else as_tensor(leaf)
         slot = self._slots[(self._next - 1) % _SLOTS]
         source = rows
         if rows.is_pinned():
@@ -64,9 +80,13 @@ class PinnedRing:
             arrived.copy_(source, non_blocking=True)
         return arrived
 
-    def close(self) -> None:
-        """Ends the micro-batch: everything of it is enqueued."""
+    def close(self) -> int:
+        """Ends the micro-batch: everything of it is enqueued. Returns the ticket to wait for."""
         self._slots[(self._next - 1) % _SLOTS].copied.record(self._side)
+        return self._next - 1
+
+    def finish_reading(self) -> None:
+        """What is not pinned has been read."""
 
     def wait_for(self, ticket: int) -> None:
         """Makes the main stream wait for the copies of one micro-batch."""

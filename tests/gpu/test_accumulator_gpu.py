@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sbp_fast import StreamedAccumulator
 from sbp_fast.ops import availability
-from sbp_fast.streaming import PinnedRing
+from sbp_fast.streaming.pinned_ring import PinnedRing
 from sbp_fast.transaction import Transaction
 
 pytestmark = [
@@ -230,13 +230,13 @@ class TestStreams:
         """Every copy waits on the side stream. Who does not wait for it computes with what was there."""
         opened = PinnedRing.open
 
-        def open_late(ring: PinnedRing) -> int:
-            ticket = opened(ring)
+        def open_late(ring: PinnedRing, *, kept: bool) -> None:
+            opened(ring, kept=kept)
             with torch.cuda.stream(ring._side):
                 torch.cuda._sleep(LATE_CYCLES // 4)
-            return ticket
 
         monkeypatch.setattr(PinnedRing, "open", open_late)
+        monkeypatch.setattr("sbp_fast.accumulator.make_ring", PinnedRing)
         model, (inputs, targets) = conv_net(), images()
         oracle = full_batch(model, weighted(), inputs, targets)
         x, y = placed(where, inputs, targets, tmp_path)
@@ -287,9 +287,9 @@ class TestStreams:
     def test_a_layout_travels(self) -> None:
         rows = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
         ring = PinnedRing(torch.device(DEVICE, torch.cuda.current_device()))
-        ticket = ring.open()
+        ring.open(kept=False)
         arrived = ring.send(rows), ring.send(rows.pin_memory())
-        ring.close()
+        ticket = ring.close()
         ring.wait_for(ticket)
         for tensor in arrived:
             assert tensor.stride() == rows.stride()

@@ -14,6 +14,7 @@ from fused_layers import Added, note_added
 from reference.full_batch import assert_close, assert_gradients_match, full_batch, gradients_of
 from same_step import SPLITS, UNEVEN, check_same_step, every
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
@@ -120,9 +121,8 @@ def check(
         model.load_state_dict(buffers, strict=False)
 
 
-def position_of(model: nn.Module, name: str) -> int:
-    trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-    return trainable.index(name)
+def narrow(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets).bfloat16()
 
 
 class TestSameStep:
@@ -190,10 +190,6 @@ class TestSameStep:
 
     def test_a_loss_in_16_bits_scales_as_it_adds(self, added: Added) -> None:
         """Its share would be rounded: the products are scaled instead."""
-
-        def narrow(outputs: Tensor, targets: Tensor) -> Tensor:
-            return functional.cross_entropy(outputs, targets).bfloat16()
-
         model, (inputs, targets) = mlp(), batch(torch.float32)
         oracle = full_batch(copy.deepcopy(model), functional.cross_entropy, inputs, targets)
         accumulator_for(model, narrow, normalization="mean").backward(inputs, targets)
@@ -299,7 +295,8 @@ class Reentrant(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.shared = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        # Without a bias, which would come in two parts and have all statistics computed anew.
+        self.first, self.shared = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
         self.last = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,6 +344,17 @@ class TestLeftAlone:
     def test_reentrant_checkpoints(self, backend: str, added: Added) -> None:
         """The part that a checkpoint computes is added by autograd, also where there is another."""
         check(Reentrant(), backend=backend)
+        assert len(added) == 3
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+    def test_reentrant_checkpoints_with_scaled_gradients(self, added: Added) -> None:
+        """The part that a checkpoint brings first has yet to be written when the product is added."""
+        model, (inputs, targets) = Reentrant(), batch(torch.float32)
+        oracle = full_batch(copy.deepcopy(model), functional.cross_entropy, inputs, targets)
+        accumulator_for(model, narrow, normalization="mean").backward(inputs, targets)
+        assert_gradients_match(
+            gradients_of(model), oracle.gradients, tolerances.STEP[torch.float32]
+        )
         assert len(added) == 3
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -438,26 +446,44 @@ class TestLeftAlone:
                 self.mapped, self.called, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
             def forward(self, x: Tensor) -> Tensor:
-                x = torch.vmap(self.mapped)(x)
+                x = torch.vmap(self.mapped)(x[:, None])[:, 0]
                 doubled = {"weight": 2 * self.called.weight}
                 x = torch.func.functional_call(self.called, doubled, (torch.tanh(x),))
                 _, tangent = torch.func.jvp(self.mapped, (x,), (torch.ones_like(x),))
+                with forward_ad.dual_level():
+                    dual = self.mapped(forward_ad.make_dual(x, torch.ones_like(x)))
+                    tangent = tangent + forward_ad.unpack_dual(dual).tangent
                 return self.last(x * tangent)
 
         check(PerSample())
         assert added == {4: 6}
 
     def test_compiled_code(self, added: Added) -> None:
-        """In one graph, as without us."""
+        """The same graph as without us, whoever else makes a step."""
         model, (inputs, targets) = mlp().double(), batch()
         oracle = full_batch(copy.deepcopy(model), functional.cross_entropy, inputs, targets)
-        first = torch.compile(model[:2], backend="eager", fullgraph=True)
-        compiled = nn.Sequential(first, model[2:])
-        accumulator_for(compiled, probe=False).backward(inputs, targets)
-        assert_gradients_match(
-            gradients_of(model), oracle.gradients, tolerances.STEP[torch.float64]
-        )
-        assert len(added) == 2
+        graphs: list[list[Any]] = []
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append([node.target for node in graph.graph.nodes if node.op != "placeholder"])
+            return graph
+
+        first = torch.compile(model[:2], backend=backend, fullgraph=True)
+        first(inputs[: SAMPLES // 2])
+        for others in range(2):
+            compiled = nn.Sequential(first, copy.deepcopy(model[2:]))
+            accumulator = accumulator_for(compiled, probe=False, micro_batch_size=SAMPLES // 2)
+            accumulator.backward(inputs, targets)
+            gradients = [parameter.grad for parameter in compiled.parameters()]
+            assert_gradients_match(
+                dict(zip(oracle.gradients, gradients, strict=True)),
+                oracle.gradients,
+                tolerances.STEP[torch.float64],
+            )
+            # Once before the step, and once in the first.
+            assert len(graphs) == 2, others
+        assert graphs[0] == graphs[1]
+        assert added == {2: 4, 3: 4}
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
     def test_scripted_code(self, added: Added) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -122,8 +121,8 @@ class Linear(_WithReceiver):
     ) -> Tensor:
         _WithReceiver.keep(ctx, input, weight, dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with _as_given(input):
-            return _linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # All in one dtype: autocast, where it is on, finds nothing left to cast.
+        return _linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -157,10 +156,9 @@ class PointwiseConvolution(_WithReceiver):
     ) -> Tensor:
         _WithReceiver.keep(ctx, input, weight, dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with _as_given(input):
-            return _convolution[input.dim()](
-                input, weight.to(dtype), None if bias is None else bias.to(dtype)
-            )
+        return _convolution[input.dim()](
+            input, weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,10 +205,3 @@ def _back(input: Tensor, weight: Tensor, gradient: Tensor, *needed: bool) -> Any
         *(gradient, input, weight, [len(weight)]),
         *(ones, zeros, ones, False, zeros, 1, needed),
     )
-
-
-def _as_given(input: Tensor) -> Any:
-    """Autocast would cast again, and keep a cast weight for others, to whom it would have no graph."""
-    if torch.is_autocast_enabled(input.device.type):
-        return torch.autocast(input.device.type, enabled=False)
-    return nullcontext()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
+from torch import Tensor
 
 from sbp_fast.gradients import Accumulators, fused
 
@@ -20,11 +19,11 @@ def note_added(monkeypatch: pytest.MonkeyPatch, *, least_bytes: int | None = 0) 
     if least_bytes is not None:
         monkeypatch.setattr(fused, "_LEAST_BYTES", least_bytes)
     added = Added()
-    native = Accumulators.add_products
+    native = Accumulators.add_product
 
-    def add_products(self: Accumulators, position: int, products: Sequence[Any]) -> None:
+    def add_product(self: Accumulators, position: int, left: Tensor, right: Tensor) -> None:
         added[position] += 1
-        native(self, position, products)
+        native(self, position, left, right)
 
-    monkeypatch.setattr(Accumulators, "add_products", add_products)
+    monkeypatch.setattr(Accumulators, "add_product", add_product)
     return added

@@ -20,7 +20,7 @@ from sbp_fast.gradients import fused, weight_gradient
 from sbp_fast.gradients.weight_gradient import (
     Linear,
     PointwiseConvolution,
-    add_products,
+    add_product,
     can_add,
     widens_correctly,
 )
@@ -73,7 +73,7 @@ def test_a_receiver_takes_the_place_of_the_gradient(
     given = arguments(pixels)
     output = function(*given, torch.float64)
     received: list[Any] = []
-    output.grad_fn.receive = received.extend
+    output.grad_fn.receive = lambda *matrices: received.append(matrices)
     gradient = torch.randn_like(output)
     output.backward(gradient)
     inputs, weight, bias = given
@@ -87,7 +87,8 @@ def test_a_receiver_takes_the_place_of_the_gradient(
     before = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64)
     for first_write in (True, False):
         total = torch.full_like(before, torch.nan) if first_write else before.clone()
-        add_products(total, received, 0.5, first_write=first_write)
+        ((left, right),) = received
+        add_product(total, left, right, 0.5, first_write=first_write)
         wanted = 0.5 * expected[1].flatten(1) + (0.0 if first_write else before)
         assert torch.allclose(total, wanted, rtol=1e-13, atol=1e-13)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..gradients.weight_gradient import Linear, PointwiseConvolution, Product, add_products
+from ..gradients.weight_gradient import Linear, PointwiseConvolution, add_product
 from .case import Case, Contender
 from .step import OURS, PLAIN, plain_step, streamed_step
 from .timing import Call
@@ -118,9 +118,9 @@ def _weights(
 def _fused(size: LayerSize, x: Tensor, dy: Tensor, weights: list[Tensor]) -> Call:
     layer: Any = PointwiseConvolution if size.pixels else Linear
 
-    def receive(weight: Tensor, products: Sequence[Product]) -> None:
+    def receive(weight: Tensor, left: Tensor, right: Tensor) -> None:
         assert weight.grad is not None
-        add_products(weight.grad.view(len(weight), -1), products, 1.0, first_write=False)
+        add_product(weight.grad.view(len(weight), -1), left, right, 1.0, first_write=False)
 
     def call(_: int) -> None:
         outputs = [layer.apply(x, weight, None, x.dtype) for weight in weights]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from .hooks import GradientHooks
-from .weight_gradient import Product, add_products
+from .weight_gradient import add_product
 
 # On CPU a gradient is added while it is still in the cache; only crumbs (biases, norms) wait for one
 # another, to share the cost of a call.
@@ -122,9 +122,9 @@ class Accumulators:
         """Whether passes collect statistics: from the last micro-batch on."""
         self._observing = observing
 
-    def add_products(self, index: int, products: Sequence[Product]) -> None:
-        """Adds the sum of these products, ``scale`` times: the gradient of a parameter with as many rows
-        and columns. Called in the backward pass, in place of all that autograd would bring for it."""
+    def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Adds the product of two matrices, ``scale`` times: the gradient of a parameter with as many
+        rows and columns. Called in the backward pass, in place of all that autograd would bring for it."""
         self._hooks.bypass(index)
         if index in self._left_out:
             return
@@ -136,7 +136,8 @@ class Accumulators:
         total = before
         if total is None:
             total = torch.empty_like(parameter, dtype=accumulator_dtype(parameter.dtype))
-        add_products(total.view(len(total), -1), products, self._scale, first_write=before is None)
+        rows = total.view(len(total), -1)
+        add_product(rows, left, right, self._scale, first_write=before is None)
         if autograd_adds:
             parameter.grad = total
         else:

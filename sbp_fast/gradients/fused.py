@@ -10,7 +10,7 @@ out before the rest comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .accumulators import accumulator_dtype
 from .calls import taking
 from .hooks import GradientHooks
-from .weight_gradient import Linear, PointwiseConvolution, Product, can_add
+from .weight_gradient import Linear, PointwiseConvolution, can_add
 
 # Smaller weights cost less to write and to read again than a call of ours costs in Python.
 _LEAST_BYTES = 2 << 20
@@ -34,7 +34,7 @@ _ACCUMULATE_GRAD = type(get_gradient_edge(torch.zeros((), requires_grad=True)).n
 class Sums(Protocol):
     """Where gradients are added up, by the position of their parameter."""
 
-    def add_products(self, position: int, products: Sequence[Product]) -> None: ...
+    def add_product(self, position: int, left: Tensor, right: Tensor) -> None: ...
 
 
 class FusedGradients:
@@ -92,7 +92,7 @@ class FusedGradients:
             weight = _gradient_of_weight(node).variable  # type: ignore[attr-defined]
             known = self._weights.get(id(weight))
             if known is not None and self._hooks.has_no_other_hook(known[0]):
-                receive = partial(sums.add_products, known[0])
+                receive = partial(sums.add_product, known[0])
                 node.receive = receive  # type: ignore[attr-defined]
 
     # What calls are offered to

@@ -12,37 +12,33 @@ added anywhere unless somebody gives a node of the graph a receiver.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Two matrices, (outputs, rows) and (rows, inputs), that are to be multiplied.
-Product: TypeAlias = tuple[Tensor, Tensor]
-Receiver: TypeAlias = Callable[[Sequence[Product]], None]
+# Takes two matrices, (outputs, rows) and (rows, inputs), whose product is the gradient of a weight.
+Receiver: TypeAlias = Callable[[Tensor, Tensor], None]
 
 _linear, _convolution = functional.linear, {3: functional.conv1d, 4: functional.conv2d}
 
 
-def add_products(
-    total: Tensor, products: Sequence[Product], scale: float, *, first_write: bool
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, scale: float, *, first_write: bool
 ) -> None:
-    """``total += scale * sum of left @ right``, in place; with ``first_write``, ``total =`` that.
-
-    Nothing is allocated, so that memory cannot run out when a part has been added.
+    """``total += scale * left @ right``, in place; with ``first_write``, ``total =`` that.
 
     Args:
         total: (outputs, inputs), in the precision of :func:`can_add`.
+        left, right: (outputs, rows) and (rows, inputs).
     """
-    for left, right in products:
-        beta = 0.0 if first_write else 1.0
-        if left.dtype == total.dtype:
-            total.addmm_(left, right, beta=beta, alpha=scale)
-        else:
-            _add_widened(total, left, right, beta, scale)
-        first_write = False
+    beta = 0.0 if first_write else 1.0
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=beta, alpha=scale)
+    else:
+        _add_widened(total, left, right, beta, scale)
 
 
 def can_add(device: torch.device, dtype: torch.dtype, total_dtype: torch.dtype) -> bool:
@@ -133,7 +129,7 @@ class Linear(_WithReceiver):
         of_input = of_weight = of_bias = None
         receive = _WithReceiver.take_receiver(ctx)
         if receive is not None:
-            receive([(rows.t(), input.reshape(-1, input.shape[-1]))])
+            receive(rows.t(), input.reshape(-1, input.shape[-1]))
         elif ctx.needs_input_grad[1]:
             of_weight = rows.t() @ input.reshape(-1, input.shape[-1])
         if ctx.needs_input_grad[0]:
@@ -174,7 +170,7 @@ class PointwiseConvolution(_WithReceiver):
                 ),
                 None,
             )
-        receive(_products(gradient, input))
+        receive(*_matrices(gradient, input))
         of_input = of_bias = None
         if needs_input:
             of_input, _, _ = _back(input, weight.to(ctx.dtype), gradient, True, False, False)
@@ -184,19 +180,12 @@ class PointwiseConvolution(_WithReceiver):
         return of_input, None, of_bias, None
 
 
-def _products(gradient: Tensor, input: Tensor) -> list[Product]:
-    """Of a pointwise convolution: one over all pixels where channels come last in memory, else one for
-    each sample."""
-    if input.dim() == 4 and all(
-        tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (gradient, input)
-    ):
-        left, right = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (gradient, input))
-        return [(left.t(), right)]
-    gradient, input = gradient.contiguous(), input.contiguous()
-    return [
-        (of_outputs.flatten(1), of_inputs.flatten(1).t())
-        for of_outputs, of_inputs in zip(gradient, input, strict=True)
-    ]
+def _matrices(gradient: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a pointwise convolution, whose product goes over the pixels of all samples, so that the sum is
+    read and written once. Where channels do not come last in memory that takes copies, which are small
+    where the rule of :mod:`.fused` holds."""
+    left, right = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (gradient, input))
+    return left.t(), right
 
 
 def _back(input: Tensor, weight: Tensor, gradient: Tensor, *needed: bool) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sbp_fast import StreamedAccumulator
-from sbp_fast.gradients.weight_gradient import add_products, widens_correctly
+from sbp_fast.gradients.weight_gradient import add_product, widens_correctly
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -89,7 +89,7 @@ def test_products_into_float32(dtype: torch.dtype, first_write: bool) -> None:
     left, right = torch.randn(3000, 77).to(dtype), torch.randn(3000, 53).to(dtype)
     before = torch.full((77, 53), torch.nan) if first_write else torch.randn(77, 53)
     total = before.to(DEVICE)
-    add_products(total, [(left.to(DEVICE).t(), right.to(DEVICE))], 0.5, first_write=first_write)
+    add_product(total, left.to(DEVICE).t(), right.to(DEVICE), 0.5, first_write=first_write)
     expected = 0.5 * (left.double().t() @ right.double())
     if not first_write:
         expected += before

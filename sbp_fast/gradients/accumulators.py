@@ -124,7 +124,7 @@ class Accumulators:
 
     def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
         """Adds the product of two matrices, ``scale`` times: the gradient of a parameter with as many
-        rows and columns. Called in the backward pass, in place of all that autograd would bring for it."""
+        rows and columns. Called in the backward pass, in place of all that autograd would bring."""
         self._hooks.bypass(index)
         if index in self._left_out:
             return

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import options
-from .activations import Automatic, activations_of
-from .batches import MicroBatch, PyTree, whole_of
+from .activations import activations_of
+from .batches import MicroBatch, PyTree
 from .buffers import Buffers
 from .first_look import Check, FirstLook
+from .fitting import Fitting
 from .forward import Forward
 from .gradients import (
     Accumulators,
@@ -34,9 +34,7 @@ from .loss import Shares, read_contract
 from .loss_probe import probe_loss
 from .memory.device_budget import free_bytes
 from .memory.host_store import HostStore
-from .memory.out_of_memory import NothingSmallerError
 from .memory.peak import PeakMeter
-from .memory.step_budget import StepBudget
 from .ops import is_automatic, resolve
 from .parameters import Parameters, find_parameters, modules_of, names_of
 from .passes.computation import Computation
@@ -50,9 +48,6 @@ from .streaming import Arrival, make_ring, stream_to
 from .transaction import Transaction
 from .tuning.noise_estimator import NoiseScaleEstimator
 from .update import Update
-
-if TYPE_CHECKING:
-    from .planning.automatic import AutomaticSize
 
 
 class StreamedAccumulator:
@@ -226,8 +221,8 @@ class StreamedAccumulator:
         """
         self._follow_changes()
         shares = Shares(self._contract)
-        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
-        with self._within_budget(micro_batches), self._transaction as transaction:
+        micro_batches = self._splitting.split(inputs, targets, shares, self._fitting.size_for)
+        with self._fitting.within_budget(micro_batches), self._transaction as transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
             self._splitting.end_step()
@@ -244,8 +239,7 @@ class StreamedAccumulator:
             else:
                 transaction.clear_gradients()
             result = large_batch.result(skipped)
-            if self._automatic is not None:
-                self._automatic.learn_from(result)
+            self._fitting.learn_from(result)
             return result
 
     def backward(self, inputs: PyTree | Iterable[Any], targets: PyTree = None) -> StepResult:
@@ -260,8 +254,8 @@ class StreamedAccumulator:
         """
         self._follow_changes()
         shares = Shares(self._contract)
-        micro_batches = self._splitting.split(inputs, targets, shares, self._size_for)
-        with self._within_budget(micro_batches), self._transaction:
+        micro_batches = self._splitting.split(inputs, targets, shares, self._fitting.size_for)
+        with self._fitting.within_budget(micro_batches), self._transaction:
             large_batch = self._stream(micro_batches, shares)
             self._finalise(large_batch)
             self._splitting.end_step()
@@ -292,10 +286,11 @@ class StreamedAccumulator:
             options.autocast_context(self._autocast, device.type),
             self._contract.elementwise,
         )
-        self._budget = (
-            None if self._memory_budget is None else StepBudget(device, self._memory_budget)
+        self._fitting = Fitting(
+            *(self._modules, self._loss_fn, self._optimizer, device),
+            *(self._memory_budget, self._wanted_size, self._has_cost),
+            *(self._activations, self._plan_options),
         )
-        self._automatic: AutomaticSize | None = None
         self._ring = make_ring(device)
         self._finaliser = Finaliser(self._backend, self._max_grad_norm)
         self._transaction = Transaction(self._modules, parameters.all)
@@ -310,21 +305,6 @@ class StreamedAccumulator:
             ],
         )
         self._fused = FusedGradients(self._hooks)
-
-    @contextmanager
-    def _within_budget(self, micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
-        """Where the budget is too small, the error says which would do."""
-        if self._budget is None:
-            yield
-            return
-        try:
-            with self._budget.holding(self._modules, self._optimizer):
-                yield
-        except torch.OutOfMemoryError as error:
-            whole = whole_of(micro_batches)
-            if whole is None:
-                raise
-            raise NothingSmallerError(f"{error}{self._sizes().advice(whole)}") from error
 
     def _stream(self, micro_batches: Iterable[MicroBatch], shares: Shares) -> LargeBatch:
         """Runs every micro-batch forward and backward; gradients go to accumulators as they appear."""
@@ -428,29 +408,6 @@ class StreamedAccumulator:
         store.leave_alone(self._parameters.all)
         store.leave_alone(buffer for module in self._modules for buffer in module.buffers())
         return store
-
-    def _size_for(self, whole: MicroBatch) -> int:
-        """Samples of it that are computed at once; what becomes of activations is decided with it."""
-        if self._wanted_size is None or self._chooses_activations():
-            return self._sizes().size_for(whole)
-        return self._wanted_size
-
-    def _chooses_activations(self) -> bool:
-        """Whether there is a choice: on a CPU without a budget, and where samples differ in cost, all are
-        kept."""
-        is_bounded = self._memory_budget is not None or self._device.type == "cuda"
-        return is_bounded and isinstance(self._activations, Automatic) and not self._has_cost
-
-    def _sizes(self) -> AutomaticSize:
-        # Here, since plans are made by accumulators.
-        from .planning.automatic import AutomaticSize
-
-        if self._automatic is None:
-            self._automatic = AutomaticSize(
-                *(self._model, self._loss_fn, self._optimizer, self._device),
-                *(self._memory_budget, self._wanted_size, self._activations, self._plan_options),
-            )
-        return self._automatic
 
     def _finalise(self, large_batch: LargeBatch) -> None:
         """Writes the large batch's gradient into ``p.grad``: scaled, clipped, cast."""

@@ -90,7 +90,7 @@ def test_all_options_reach_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     sys.path.insert(0, ".")
     try:
-        plan.plan_of("planned_subject", "small", parser.parse_args(line.split()))
+        plan.plan_of(parser.parse_args(line.split()))
     finally:
         sys.path.remove(".")
     assert given == {

@@ -4,19 +4,16 @@ returns."""
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..batches import count_samples
 from ..tuning import Advice, NoiseScale, advise
 from ..tuning.measure import measure_noise_scale
 from .demo import positive
-from .named_function import BadInputError, as_arguments, find_function, importable, split_name
+from .users_function import arguments_for, exit_status
 from .verify import sizes
 
 # Passed on where they are given.
@@ -71,38 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints noise scale and advice. Exit status 0, or 2 for bad input."""
-    try:
-        module, function = split_name(arguments.function)
-        with importable(module):
-            noise_scale, advice = advice_for(module, function, arguments)
+
+    def work() -> int:
+        with arguments_for(_advice_for, "StreamedAccumulator", arguments, PASSED_ON) as called:
+            noise_scale, advice = _advice_for(**called)
         print(f"{noise_scale}\n{advice}")
-    except (
-        BadInputError,
-        ImportError,
-        NotImplementedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        print(f"sbp-fast advise: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        # Out of the user's code, as a rule, where only its lines tell more.
-        traceback.print_exc()
-        print(f"sbp-fast advise: ended in {type(error).__name__}, see above", file=sys.stderr)
-        return 2
-    return 0
+        return 0
 
-
-def advice_for(
-    module: str, function: str, arguments: argparse.Namespace
-) -> tuple[NoiseScale, Advice]:
-    """Calls the function, and measures what it returns."""
-    given = {name: value for name, value in vars(arguments).items() if name in PASSED_ON}
-    torch.manual_seed(given.get("seed", 0))
-    returned = find_function(module, function)()
-    called = as_arguments(returned, f"{module}:{function}", _advice_for, "StreamedAccumulator")
-    return _advice_for(**{**called, **given})
+    return exit_status("advise", work)
 
 
 def _advice_for(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from ..memory import parse_bytes
 from ..planning import BudgetError
 from .demo import positive
 from .files import check_figure
-from .named_function import BadInputError, as_arguments, find_function, importable, split_name
+from .named_function import BadInputError
+from .users_function import arguments_for, exit_status
 
 # Passed on where they are given; what they may be, plan says itself.
 PASSED_ON = (
@@ -70,52 +70,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan. Exit status 0 if a micro-batch fits, 1 if none does, 2 for bad input."""
-    try:
+
+    def work() -> int:
         if arguments.output is not None:
             check_figure("--output", arguments.output)
         if "budget" in arguments:
             parse_bytes(arguments.budget)
-        module, function = split_name(arguments.function)
-        with importable(module):
-            plan = plan_of(module, function, arguments)
+        try:
+            plan = plan_of(arguments)
+        except BudgetError as error:
+            print(f"sbp-fast plan: {error}", file=sys.stderr)
+            return 1
         print(plan)
         if arguments.output is not None:
             plan.save_plot(arguments.output)
             print(f"\nFigure: {arguments.output}")
-    except BudgetError as error:
-        print(f"sbp-fast plan: {error}", file=sys.stderr)
-        return 1
-    except (
-        BadInputError,
-        ImportError,
-        NotImplementedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        print(f"sbp-fast plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        # Out of the user's code, as a rule, where only its lines tell more.
-        traceback.print_exc()
-        print(f"sbp-fast plan: ended in {type(error).__name__}, see above", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status("plan", work)
 
 
-def plan_of(module: str, function: str, arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace) -> Plan:
     """Calls the function, and plans for what it returns."""
-    given = {name: value for name, value in vars(arguments).items() if name in PASSED_ON}
-    torch.manual_seed(0)
-    returned = find_function(module, function)()
-    named = f"{module}:{function}"
-    called = {**as_arguments(returned, named, _plan_for, "sbp_fast.plan"), **given}
-    if "budget" not in called:
-        raise BadInputError(
-            f"there is no budget, neither as --budget nor in what {named} returned; give the device "
-            "memory that may be used, such as --budget 8GiB"
-        )
-    return _plan_for(**called)
+    with arguments_for(_plan_for, "sbp_fast.plan", arguments, PASSED_ON) as called:
+        if "budget" not in called:
+            raise BadInputError(
+                "there is no budget, neither as --budget nor in what "
+                f"{arguments.function} returned; give the device memory that may be used, such as "
+                "--budget 8GiB"
+            )
+        return _plan_for(**called)
 
 
 def _plan_for(

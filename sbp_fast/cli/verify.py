@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from pathlib import Path
-
-import torch
 
 from .. import Certificate
 from .. import verify as make_certificate
 from .files import check_directory, check_figure
-from .named_function import BadInputError, as_arguments, find_function, importable, split_name
+from .users_function import arguments_for, exit_status
 
 # Passed on where they are given; what they may be, verify and the accumulator say themselves.
 PASSED_ON = (
@@ -71,29 +67,16 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the certificate. Exit status 0 if the promise holds, 1 if not, 2 for bad input."""
-    try:
+
+    def work() -> int:
         check_files(arguments)
-        module, function = split_name(arguments.function)
-        with importable(module):
-            certificate = certify(module, function, arguments)
+        with arguments_for(make_certificate, "sbp_fast.verify", arguments, PASSED_ON) as called:
+            certificate = make_certificate(**called)
         print(certificate)
         write_files(certificate, arguments)
-    except (
-        BadInputError,
-        ImportError,
-        NotImplementedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        print(f"sbp-fast verify: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        # Out of the user's code, as a rule, where only its lines tell more.
-        traceback.print_exc()
-        print(f"sbp-fast verify: ended in {type(error).__name__}, see above", file=sys.stderr)
-        return 2
-    return 0 if certificate.holds else 1
+        return 0 if certificate.holds else 1
+
+    return exit_status("verify", work)
 
 
 def write_files(certificate: Certificate, arguments: argparse.Namespace) -> None:
@@ -111,12 +94,3 @@ def check_files(arguments: argparse.Namespace) -> None:
         check_directory("--json", arguments.json)
     if arguments.plot is not None:
         check_figure("--plot", arguments.plot)
-
-
-def certify(module: str, function: str, arguments: argparse.Namespace) -> Certificate:
-    """Calls the function, and verifies what it returns."""
-    given = {name: value for name, value in vars(arguments).items() if name in PASSED_ON}
-    torch.manual_seed(given.get("seed", 0))
-    returned = find_function(module, function)()
-    called = as_arguments(returned, f"{module}:{function}", make_certificate, "sbp_fast.verify")
-    return make_certificate(**{**called, **given})

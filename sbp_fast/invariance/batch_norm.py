@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_te
 from .. import ops
 from ..memory.host_store import Held, HostStore
 from . import statistics
+from .batch_norm_calls import Arguments, BeginGraph, Call, Visit
 from .batch_norm_layers import Layers
 from .cut_graph import CutGraph
 from .intercept import answering, native
@@ -31,74 +31,6 @@ from .lockstep import Lockstep, Member, in_both_directions
 from .statistics import Moments
 
 Roots = Sequence[tuple[Tensor, Tensor]]
-
-
-@dataclass
-class _Arguments:
-    """What batch norm was called with, apart from the input."""
-
-    layer: str
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    momentum: float
-    eps: float
-
-    def is_tracked(self, input: Tensor) -> bool:
-        return torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (input, self.weight, self.bias)
-        )
-
-    def edges(self, input: Tensor, *, first: bool) -> list[GradientEdge | None]:
-        """Where gradients of the input, the weight and the bias go on to. The latter two are those of the
-        whole large batch, and go through the first micro-batch."""
-        tensors = (input, self.weight, self.bias) if first else (input, None, None)
-        enabled = torch.is_grad_enabled()
-        return [
-            get_gradient_edge(tensor)
-            if enabled and tensor is not None and tensor.requires_grad
-            else None
-            for tensor in tensors
-        ]
-
-
-@dataclass
-class _Visit:
-    """One micro-batch's part in a call.
-
-    ``mean``: by which a checkpoint that computes the call again finds it; None outside of checkpoints.
-    """
-
-    arguments: _Arguments
-    channels: int
-    mean: Tensor | None
-    input: Held | None
-    edges: list[GradientEdge | None]
-    is_tracked: bool
-    gradient: Held | None = None
-
-    def take_input(self) -> Tensor:
-        assert self.input is not None
-        return self.input.take().detach()
-
-    def forget(self) -> None:
-        self.edges, self.input, self.gradient = [], None, None
-
-
-@dataclass
-class _Call:
-    """One call of batch norm by all micro-batches, and what it is by the large batch's statistics."""
-
-    arguments: _Arguments
-    visits: list[_Visit]
-    count: int
-    mean: Tensor
-    inv_std: Tensor
-    coefficients: Tensor
-    sums: Tensor | None = None
-    backward: Tensor | None = None
 
 
 class ExactBatchNorm:
@@ -127,7 +59,7 @@ class ExactBatchNorm:
         self._deliver = deliver
         self._backend = backend
         self._layers = Layers(modules)
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._graphs: list[CutGraph] = []
         self._rounds = 0
         # What a cut's output depends on in the eyes of autograd, so that its graph begins there.
@@ -176,7 +108,7 @@ class ExactBatchNorm:
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
             return output
-        arguments = _Arguments(
+        arguments = Arguments(
             self._layers.name_of(running_mean, weight),
             *(running_mean, running_var, weight, bias, momentum, eps),
         )
@@ -191,7 +123,7 @@ class ExactBatchNorm:
             return self._recompute(input, arguments, moments)
         member = self._running()
         edges = arguments.edges(input, first=member.position == 0)
-        visit = _Visit(
+        visit = Visit(
             arguments,
             len(moments.mean),
             moments.mean.clone() if self._may_come_again() else None,
@@ -230,7 +162,7 @@ class ExactBatchNorm:
 
     def _close_call(self) -> None:
         """All have arrived: computes what each needs to go on, and updates the running statistics."""
-        visits: list[_Visit] = [member.message[0] for member in self._lockstep.members]
+        visits: list[Visit] = [member.message[0] for member in self._lockstep.members]
         for position, visit in enumerate(visits):
             self._check_same_call(visits[0], visit, position)
         whole = statistics.merge([member.message[1] for member in self._lockstep.members])
@@ -243,7 +175,7 @@ class ExactBatchNorm:
             )
         inv_std = statistics.inverse_deviation(whole, arguments.eps)
         self._calls.append(
-            _Call(
+            Call(
                 arguments,
                 visits,
                 whole.count,
@@ -265,7 +197,7 @@ class ExactBatchNorm:
                     running.mul_(1.0 - momentum).add_(new.to(running.dtype), alpha=momentum)
         self._layers.count_once()
 
-    def _check_same_call(self, first: _Visit, visit: _Visit, position: int) -> None:
+    def _check_same_call(self, first: Visit, visit: Visit, position: int) -> None:
         expected = (first.arguments.layer, first.arguments.eps, first.channels)
         found = (visit.arguments.layer, visit.arguments.eps, visit.channels)
         if expected != found:
@@ -337,7 +269,7 @@ class ExactBatchNorm:
                 before.count, before.mean, before.inv_std, before.arguments.weight, before.sums
             )
 
-    def _sum(self, call: _Call, visit: _Visit, gradient: Tensor) -> Tensor:
+    def _sum(self, call: Call, visit: Visit, gradient: Tensor) -> Tensor:
         visit.gradient = self._store.hold(gradient)
         return ops.batch_norm_backward_statistics(
             gradient,
@@ -347,7 +279,7 @@ class ExactBatchNorm:
         )
 
     def _gradients_of_arguments(
-        self, call: _Call, position: int
+        self, call: Call, position: int
     ) -> list[tuple[GradientEdge, Tensor]]:
         """Of one micro-batch's input; of the weight and the bias, which are all one, in the first."""
         visit = call.visits[position]
@@ -375,7 +307,7 @@ class ExactBatchNorm:
         visit.forget()
         return gradients
 
-    def _recompute(self, input: Tensor, arguments: _Arguments, moments: Moments) -> Tensor:
+    def _recompute(self, input: Tensor, arguments: Arguments, moments: Moments) -> Tensor:
         """A checkpoint computes its part of the model again: the statistics are known by now."""
         member = self._running()
         calls = [call for call in self._calls if call.arguments.layer == arguments.layer]
@@ -430,15 +362,3 @@ def _keep(store: HostStore, gradient: Tensor) -> Callable[[], Tensor]:
 
 def _distance(known: Tensor | None, mean: Tensor) -> float:
     return math.inf if known is None else float((known - mean).norm())
-
-
-class BeginGraph(torch.autograd.Function):
-    """A tensor with a graph that begins at it, and which in-place operations may change."""
-
-    @staticmethod
-    def forward(ctx: Any, origin: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        return compute()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .. import ops
 from ..batches import MicroBatch, copied
 from ..forward import Forward
-from ..invariance.batch_norm import BeginGraph
+from ..invariance.batch_norm_calls import BeginGraph
 from ..invariance.intercept import answering, native
 from ..invariance.statistics import Moments, forward_coefficients, inverse_deviation
 from ..memory import format_bytes

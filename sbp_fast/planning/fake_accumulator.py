@@ -98,7 +98,7 @@ class OnFakes(StreamedAccumulator):
         self, micro_batch_size: int, samples: int, inputs: PyTree, targets: PyTree
     ) -> StepResult:
         self._samples = samples
-        self._wanted_size = micro_batch_size
+        self._fitting.wanted = micro_batch_size
         self._counter.phase = FORWARD
         return self.step(inputs, targets)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sbp_fast.memory import format_bytes
@@ -11,7 +11,7 @@ from sbp_fast.memory import format_bytes
 from .figures import Figures, difference_from_truth, probed, trained
 from .models import MODELS, SEGMENTATION
 from .profiles import Profile
-from .published import TABLES
+from .published import TABLES, Published
 from .results import Row
 from .summary import Summary
 from .ways import PLAIN, SBP, WAYS, WITHOUT
@@ -38,18 +38,12 @@ def tables_of(profile: Profile, rows: Sequence[Row], model: str) -> list[Table]:
 
 def _percents(profile: Profile, rows: Sequence[Row], model: str) -> Table:
     metric = "Mean IoU" if MODELS[model].task == SEGMENTATION else "Accuracy"
-    number, published = TABLES.get(model, (0, {}))
-    paper = (f"paper's table {number}, WSBP", f"paper's table {number}, SBP") if number else ()
     lines = []
     for batch in profile.batches:
-        line = [str(batch)]
-        if number:
-            figures = published.get(batch)
-            line += (
-                [_NOT_KNOWN, _NOT_KNOWN]
-                if figures is None
-                else [_plain(figures.without_percent), _plain(figures.sbp_percent)]
-            )
+        line = [
+            str(batch),
+            *_published(model, batch, lambda it: (it.without_percent, it.sbp_percent)),
+        ]
         line += [_percent(trained(rows, model, batch, way)) for way in WAYS]
         line += [
             _difference(difference_from_truth(rows, model, batch, way)) for way in (SBP, PLAIN)
@@ -57,24 +51,21 @@ def _percents(profile: Profile, rows: Sequence[Row], model: str) -> Table:
         lines.append(tuple(line))
     return Table(
         f"{model}: {metric} (%), mean ± standard deviation [95% confidence interval]",
-        ("batch", *paper, *WAYS, f"{SBP} less full batch", f"{PLAIN} less full batch"),
+        (
+            "batch",
+            *_paper_columns(model),
+            *WAYS,
+            f"{SBP} less full batch",
+            f"{PLAIN} less full batch",
+        ),
         tuple(lines),
     )
 
 
 def _times(profile: Profile, rows: Sequence[Row], model: str) -> Table:
-    number, published = TABLES.get(model, (0, {}))
-    paper = (f"paper's table {number}, WSBP", f"paper's table {number}, SBP") if number else ()
     lines = []
     for batch in profile.batches:
-        line = [str(batch)]
-        if number:
-            figures = published.get(batch)
-            line += (
-                [_NOT_KNOWN, _NOT_KNOWN]
-                if figures is None
-                else [_plain(figures.without_ms), _plain(figures.sbp_ms)]
-            )
+        line = [str(batch), *_published(model, batch, lambda it: (it.without_ms, it.sbp_ms))]
         for way in WAYS:
             cell = trained(rows, model, batch, way)
             if cell.failed or cell.step_ms is None or cell.sample_ms is None:
@@ -88,9 +79,26 @@ def _times(profile: Profile, rows: Sequence[Row], model: str) -> Table:
         lines.append(tuple(line))
     return Table(
         f"{model}: time per step (ms, mean ± standard deviation); per sample (ms); peak memory",
-        ("batch", *paper, *WAYS),
+        ("batch", *_paper_columns(model), *WAYS),
         tuple(lines),
     )
+
+
+def _paper_columns(model: str) -> tuple[str, ...]:
+    if model not in TABLES:
+        return ()
+    number, _ = TABLES[model]
+    return (f"paper's table {number}, WSBP", f"paper's table {number}, SBP")
+
+
+def _published(
+    model: str, batch: int, pair: Callable[[Published], tuple[float | None, float | None]]
+) -> list[str]:
+    """What the paper has under these columns; nothing where it has no such table."""
+    if model not in TABLES:
+        return []
+    figures = TABLES[model][1].get(batch)
+    return [_NOT_KNOWN] * 2 if figures is None else [_plain(value) for value in pair(figures)]
 
 
 def _gradients(profile: Profile, rows: Sequence[Row], model: str) -> Table:

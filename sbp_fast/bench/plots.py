@@ -72,7 +72,7 @@ def draw_step(rows: Sequence[Row], path: Path) -> None:
     if not lines:
         raise ValueError(f"no row compares {OURS}; draw the rows of the step cases")
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for position, (label, points) in enumerate(lines.items()):
         points.sort(key=lambda point: point[0])
         # Lines of one size beside one another, so that their spreads can be told apart.
@@ -96,7 +96,7 @@ def draw_step(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlabel("micro-batch size, samples")
     axes.set_ylabel("time of a step / of the plain loop")
     axes.set_title(rows[0].device, fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
